@@ -1,0 +1,186 @@
+/*
+ * dx = a G, and from u = sum G x, v = sum G per feature the gradients of bank and alpha and the gradient telemetry: the
+ * CPU kernel. First pass over the activations, second over features, third over seeds.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "cpu/convert.h"
+#include "cpu/lock.h"
+#include "cpu/tiles.h"
+#include "parallel.h"
+#include "seed_math.h"
+
+typedef struct {
+    double u, v;
+} sums;
+
+typedef struct {
+    const kasmina_backward_args *args;
+    kasmina_tiling tiling;
+    bool wants_sums;
+    int64_t slots;  /* tiles + features: a feature's overlap with a tile has slot tile + feature */
+    sums *partials; /* [blocks, slots] */
+    sums *features; /* [features] */
+} plan;
+
+static bool wants_sums(const kasmina_backward_args *args)
+{
+    return args->grad_weights || args->grad_alpha || args->grad_telemetry;
+}
+
+size_t kasmina_backward_workspace_cpu(const kasmina_backward_args *args)
+{
+    kasmina_tiling t = kasmina_make_tiling(&args->layout, args->dtype);
+    if (!wants_sums(args)) return 0;
+    return (size_t)(t.blocks * (t.tiles + args->layout.features) + args->layout.features) * sizeof(sums);
+}
+
+/* ---- First pass: dx, and u and v of each patch. */
+
+static void write_partials(const plan *p, const kasmina_patch *patch, const double *u, const double *v)
+{
+    const int64_t inner = p->tiling.inner;
+    sums *slots = p->partials + patch->block * p->slots + patch->tile;
+    int64_t feature = patch->first_column / inner;
+    for (int64_t i = 0; i < patch->columns; ++feature) {
+        int64_t stop = (feature + 1) * inner - patch->first_column;
+        if (stop > patch->columns) stop = patch->columns;
+        sums total = {0.0, 0.0};
+        for (; i < stop; ++i) total.u += u[i], total.v += v[i];
+        slots[feature] = total;
+    }
+}
+
+static void process_patch(const plan *p, const kasmina_patch *patch)
+{
+    const kasmina_tiling *t = &p->tiling;
+    const kasmina_backward_args *args = p->args;
+    const int64_t n = patch->columns, end = patch->first_row + patch->rows;
+    double wide_x[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS / 2];
+    double wide_g[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS / 2], scaled[KASMINA_TILE_COLUMNS];
+    double group_u[KASMINA_TILE_COLUMNS] = {0}, group_v[KASMINA_TILE_COLUMNS] = {0}; /* storage for reals */
+    double u[KASMINA_TILE_COLUMNS] = {0}, v[KASMINA_TILE_COLUMNS] = {0};
+    kasmina_tile_coefficients coefficients;
+    if (args->grad_x) kasmina_fill_coefficients(t, patch, &args->seeds, &coefficients);
+    for (int64_t group = patch->first_row; group < end; group += KASMINA_GROUP_ROWS) {
+        int64_t group_end = end - group < KASMINA_GROUP_ROWS ? end : group + KASMINA_GROUP_ROWS;
+        for (int64_t row = group; row < group_end; row += KASMINA_ROWS_AT_ONCE) {
+            int count = group_end - row < KASMINA_ROWS_AT_ONCE ? (int)(group_end - row) : KASMINA_ROWS_AT_ONCE;
+            const void *g[KASMINA_ROWS_AT_ONCE], *x[KASMINA_ROWS_AT_ONCE];
+            kasmina_load_rows(t, args->grad_y, patch, row, count, wide_g, g);
+            if (p->wants_sums) {
+                kasmina_load_rows(t, args->x, patch, row, count, wide_x, x);
+                t->ops->products(group_u, group_v, g, x, count, n);
+            }
+            for (int r = 0; args->grad_x && r < count; ++r) {
+                if (coefficients.any) t->ops->scale(scaled, g[r], coefficients.a, n);
+                kasmina_store_row(t, (void *)kasmina_at(t, args->grad_x, row + r, patch->first_column), scaled,
+                                  kasmina_at(t, args->grad_y, row + r, patch->first_column), &coefficients, n);
+            }
+        }
+        if (p->wants_sums) {
+            t->ops->drain(u, group_u, n);
+            t->ops->drain(v, group_v, n);
+        }
+    }
+    if (p->wants_sums) write_partials(p, patch, u, v);
+}
+
+static void process_patches(int64_t begin, int64_t end, void *context)
+{
+    const plan *p = context;
+    for (int64_t index = begin; index < end; ++index) {
+        kasmina_patch patch = kasmina_get_patch(&p->tiling, index);
+        process_patch(p, &patch);
+    }
+}
+
+/* ---- Second pass: u and v of each feature. */
+
+static void sum_features(int64_t begin, int64_t end, void *context)
+{
+    const plan *p = context;
+    const int64_t inner = p->tiling.inner;
+    for (int64_t feature = begin; feature < end; ++feature) {
+        int64_t first = feature * inner / KASMINA_TILE_COLUMNS;
+        int64_t last = ((feature + 1) * inner - 1) / KASMINA_TILE_COLUMNS;
+        sums total = {0.0, 0.0};
+        for (int64_t block = 0; block < p->tiling.blocks; ++block) {
+            for (int64_t tile = first; tile <= last; ++tile) {
+                const sums *part = &p->partials[block * p->slots + tile + feature];
+                total.u += part->u, total.v += part->v;
+            }
+        }
+        p->features[feature] = total;
+    }
+}
+
+/* ---- Third pass: what each seed makes of its features' sums. */
+
+static void finish_seed(const plan *p, int64_t seed)
+{
+    const kasmina_backward_args *args = p->args;
+    const kasmina_seeds *seeds = &args->seeds;
+    const int64_t count = seeds->chunks.count, features = args->layout.features;
+    const int32_t lifecycle = seeds->state[KASMINA_LIFECYCLE_STATE * count + seed];
+    const int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];
+    const int32_t blueprint = seeds->state[KASMINA_BLUEPRINT_ID * count + seed];
+    const bool grafted = kasmina_is_grafted(lifecycle, blueprint, strategy, seeds->num_blueprints);
+    double grad_alpha = 0.0, u2 = 0.0, v2 = 0.0;
+    int64_t feature, end;
+    kasmina_chunk_range(&seeds->chunks, features, seed, &feature, &end);
+    for (; feature < end; ++feature) {
+        const sums s = p->features[feature];
+        u2 += s.u * s.u, v2 += s.v * s.v;
+        if (!grafted) continue;
+        int64_t at = blueprint * features + feature;
+        double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at), next = 0.0;
+        if (strategy == KASMINA_AFFINE)
+            next = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at + features);
+        if (args->dtype != KASMINA_FLOAT64) w = (float)w, next = (float)next;
+        kasmina_feature_gradients g = kasmina_gradients(strategy, seeds->alpha[seed], w, next, s.u, s.v);
+        grad_alpha += g.alpha;
+        if (!args->grad_weights || !kasmina_trains_weights(lifecycle)) continue;
+        kasmina_store_scalar(seeds->weights_dtype, args->grad_weights, at, g.weight);
+        if (strategy == KASMINA_AFFINE)
+            kasmina_store_scalar(seeds->weights_dtype, args->grad_weights, at + features, g.next);
+    }
+    if (args->grad_alpha) args->grad_alpha[seed] = (float)grad_alpha;
+    if (args->grad_telemetry && isfinite(u2) && isfinite(v2)) {
+        double *row = args->grad_telemetry + seed * KASMINA_GRAD_TELEMETRY_COLUMNS;
+        row[KASMINA_SUM_U2] += u2;
+        row[KASMINA_SUM_V2] += v2;
+        row[KASMINA_BACKWARDS] += 1.0;
+    }
+}
+
+static void finish_seeds(int64_t begin, int64_t end, void *context)
+{
+    for (int64_t seed = begin; seed < end; ++seed) finish_seed(context, seed);
+}
+
+int kasmina_chunked_backward_cpu(const kasmina_backward_args *args)
+{
+    plan p = {.args = args, .tiling = kasmina_make_tiling(&args->layout, args->dtype)};
+    const kasmina_seeds *seeds = &args->seeds;
+    p.wants_sums = wants_sums(args);
+    p.slots = p.tiling.tiles + args->layout.features;
+    p.features = args->workspace;
+    p.partials = p.features + (p.wants_sums ? args->layout.features : 0);
+    if (p.wants_sums || args->grad_x) {
+        int error = kasmina_parallel_for(0, p.tiling.tiles * p.tiling.blocks, kasmina_patch_grain(&p.tiling),
+                                         process_patches, &p);
+        if (error) return error;
+    }
+    if (!p.wants_sums) return 0;
+    if (args->grad_weights)
+        memset(args->grad_weights, 0,
+               (size_t)(seeds->num_blueprints * args->layout.features) * kasmina_element_size(seeds->weights_dtype));
+    int error = kasmina_parallel_for(0, args->layout.features, 1024, sum_features, &p);
+    if (error) return error;
+    kasmina_lock();
+    error = kasmina_parallel_for(0, seeds->chunks.count, 256, finish_seeds, &p);
+    kasmina_unlock();
+    return error;
+}

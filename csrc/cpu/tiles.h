@@ -1,0 +1,83 @@
+/*
+ * How the CPU kernels cut their work. A dense [outer, features, inner] array is a matrix of `outer` rows and
+ * features * inner columns, column c belonging to feature c / inner. It is cut into blocks of rows and tiles of columns;
+ * the cut depends on the shape alone, never on threads, so sums come out the same on every run.
+ *
+ * A *segment* is a run of columns of one tile that belong to one owner (a seed in the forward, a feature in the
+ * backward). Each (block, segment) leaves a partial result in a slot of its own; a second pass adds the slots of an
+ * owner in order.
+ */
+#ifndef KASMINA_CPU_TILES_H
+#define KASMINA_CPU_TILES_H
+
+#include "cpu/rows.h"
+#include "kernels.h"
+
+/*
+ * 512 columns: per-column values and four widened rows stay in a 32 KiB first-level cache. 32 rows: few enough that
+ * float32 sums lose no digit that telemetry promises, before they join double ones. 256 rows: partials cost below 1 %.
+ */
+enum { KASMINA_TILE_COLUMNS = 512, KASMINA_GROUP_ROWS = 32, KASMINA_BLOCK_ROWS = 256 };
+
+typedef struct {
+    int64_t rows, columns, inner;
+    int64_t tiles, blocks;
+    size_t element_size; /* bytes of an activation */
+    kasmina_dtype dtype;
+    const kasmina_rows *ops;
+} kasmina_tiling;
+
+kasmina_tiling kasmina_make_tiling(const kasmina_layout *layout, kasmina_dtype dtype);
+
+/* One tile of one block. */
+typedef struct {
+    int64_t tile, block;
+    int64_t first_row, rows;
+    int64_t first_column, columns;
+} kasmina_patch;
+
+/* Patch `index` of tiles * blocks, all tiles of a block in turn. */
+kasmina_patch kasmina_get_patch(const kasmina_tiling *tiling, int64_t index);
+
+/* How many patches are worth a thread. */
+int64_t kasmina_patch_grain(const kasmina_tiling *tiling);
+
+/* Address of element (row, column) of a matrix of activations. */
+static inline const void *kasmina_at(const kasmina_tiling *t, const void *matrix, int64_t row, int64_t column)
+{
+    return (const char *)matrix + (size_t)(row * t->columns + column) * t->element_size;
+}
+
+/* Reals of `count` rows from `row` on: the activations themselves, or, for two-byte ones, widened into `scratch`. */
+void kasmina_load_rows(const kasmina_tiling *tiling, const void *matrix, const kasmina_patch *patch, int64_t row,
+                       int count, void *scratch, const void **rows);
+
+/* Per-column coefficients of a patch, in reals; `mask` has all bits of an element set where the seed is grafted. */
+typedef struct {
+    double a[KASMINA_TILE_COLUMNS], b[KASMINA_TILE_COLUMNS]; /* storage; of floats where reals are float */
+    uint64_t mask[KASMINA_TILE_COLUMNS];                     /* storage, of integers as wide as an activation */
+    bool any, all;                                           /* whether some, all columns are grafted */
+} kasmina_tile_coefficients;
+
+void kasmina_fill_coefficients(const kasmina_tiling *tiling, const kasmina_patch *patch, const kasmina_seeds *seeds,
+                               kasmina_tile_coefficients *out);
+
+/*
+ * Write one row of results: computed[i] (reals) where grafted, else the bits of source[i] (activations).
+ */
+void kasmina_store_row(const kasmina_tiling *tiling, void *target, const void *computed, const void *source,
+                       const kasmina_tile_coefficients *coefficients, int64_t n);
+
+/* The features [first, end) of seed s, clamped to [0, features]. */
+static inline void kasmina_chunk_range(const kasmina_chunks *chunks, int64_t features, int64_t seed, int64_t *first,
+                                       int64_t *end)
+{
+    int64_t lo = chunks->offsets[seed], hi = chunks->offsets[seed + 1];
+    *first = lo < 0 ? 0 : lo > features ? features : lo;
+    *end = hi < *first ? *first : hi > features ? features : hi;
+}
+
+/* The last seed whose chunk starts at or before `feature`; -1 if there is none. It may end before it. */
+int64_t kasmina_find_seed(const kasmina_chunks *chunks, int64_t feature);
+
+#endif

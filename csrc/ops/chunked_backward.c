@@ -1,0 +1,94 @@
+#include "ops/common.h"
+#include "ops/ops.h"
+#include "ops/validate.h"
+
+enum { GRAD_Y, X, SEED_OFFSETS, STATE, ALPHA, BLUEPRINT_WEIGHTS, GRAD_TELEMETRY, NUM_INPUTS };
+enum { GRAD_X = NUM_INPUTS, GRAD_WEIGHTS, GRAD_ALPHA, WORKSPACE, NUM_TENSORS };
+enum { NUM_RESULTS = 3 };
+
+static const char op[] = "chunked_backward";
+
+static bool validate(const kasmina_tensor *t, kasmina_status *status)
+{
+    const kasmina_op_inputs in = {.op = op, .x = &t[X], .seed_offsets = &t[SEED_OFFSETS]};
+    return kasmina_expect_activations(&in, status) && kasmina_expect_like_x(&in, "grad_y", &t[GRAD_Y], status) &&
+           kasmina_expect_seeds(&in, &t[STATE], &t[ALPHA], &t[BLUEPRINT_WEIGHTS], status) &&
+           kasmina_expect_accumulator(&in, "grad_telemetry", &t[GRAD_TELEMETRY], KASMINA_GRAD_TELEMETRY_COLUMNS,
+                                      status);
+}
+
+/* A result, of size 0 where it is not wanted; contiguous with the sizes of `like`. */
+static bool allocate(kasmina_tensor *out, bool wanted, const kasmina_tensor *like, kasmina_status *status)
+{
+    const int64_t strides[] = {like->dim == 2 ? like->sizes[1] : 1, 1};
+    if (!wanted) return kasmina_tensor_empty_1d(out, 0, like->scalar_type, like, status);
+    return kasmina_tensor_empty(out, like->dim, like->sizes, strides, like->scalar_type, like, status);
+}
+
+/* Make x dense and grad_y alike, so that the kernel sees one layout. */
+static bool align(kasmina_tensor *t, kasmina_layout *layout, kasmina_status *status)
+{
+    if (!kasmina_tensor_layout(&t[X], layout)) {
+        kasmina_tensor like;
+        bool copied = kasmina_tensor_empty_like(&like, &t[X], status) &&
+                      kasmina_tensor_restride(&t[X], like.strides, status);
+        kasmina_tensors_release(&like, 1);
+        if (!copied) return false;
+        kasmina_tensor_layout(&t[X], layout);
+    }
+    bool same = true;
+    for (int64_t d = 0; d < t[X].dim; ++d)
+        same = same && (t[X].sizes[d] == 1 || t[X].strides[d] == t[GRAD_Y].strides[d]);
+    return same || kasmina_tensor_restride(&t[GRAD_Y], t[X].strides, status);
+}
+
+/* Allocate the results and compute them; everything allocated lands in `t`. */
+static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina_device_scope *scope,
+                kasmina_status *status)
+{
+    kasmina_backward_args args = {0};
+    if (!(wanted[0] ? kasmina_tensor_empty_like(&t[GRAD_X], &t[X], status)
+                    : kasmina_tensor_empty_1d(&t[GRAD_X], 0, t[X].scalar_type, &t[X], status)) ||
+        !allocate(&t[GRAD_WEIGHTS], wanted[1], &t[BLUEPRINT_WEIGHTS], status) ||
+        !allocate(&t[GRAD_ALPHA], wanted[2], &t[ALPHA], status))
+        return false;
+    if (t[X].numel == 0) {
+        if (aoti_torch_zero_(t[GRAD_WEIGHTS].handle) || aoti_torch_zero_(t[GRAD_ALPHA].handle))
+            return kasmina_fail(status, "%s: could not zero the results", op);
+        return true;
+    }
+    if (!align(t, &args.layout, status) ||
+        !kasmina_read_seeds(&t[SEED_OFFSETS], &t[STATE], &t[ALPHA], &t[BLUEPRINT_WEIGHTS], &args.seeds, status))
+        return false;
+    kasmina_tensor_dtype(&t[X], &args.dtype);
+    args.x = kasmina_tensor_data(&t[X], status);
+    args.grad_y = kasmina_tensor_data(&t[GRAD_Y], status);
+    if (t[GRAD_X].numel) args.grad_x = kasmina_tensor_mutable_data(&t[GRAD_X], status);
+    if (t[GRAD_WEIGHTS].numel) args.grad_weights = kasmina_tensor_mutable_data(&t[GRAD_WEIGHTS], status);
+    if (t[GRAD_ALPHA].numel) args.grad_alpha = kasmina_tensor_mutable_data(&t[GRAD_ALPHA], status);
+    if (t[GRAD_TELEMETRY].numel) args.grad_telemetry = kasmina_tensor_mutable_data(&t[GRAD_TELEMETRY], status);
+    if (status->failed || !kasmina_make_workspace(&t[WORKSPACE], &args.workspace,
+                                                  KASMINA_WORKSPACE(scope, backward, &args), &t[X], status))
+        return false;
+    return kasmina_device_check(scope, KASMINA_LAUNCH(scope, chunked_backward, &args), op, status);
+}
+
+void kasmina_chunked_backward(StableIValue *stack, uint64_t num_args, uint64_t num_outputs)
+{
+    kasmina_status status = {0};
+    kasmina_tensor t[NUM_TENSORS] = {0};
+    kasmina_device_scope scope = {0};
+    bool wanted[NUM_RESULTS];
+    (void)num_args, (void)num_outputs;
+    /* A bool is the low byte of its slot; the rest is not specified. */
+    for (int i = 0; i < NUM_RESULTS; ++i) wanted[i] = (stack[NUM_INPUTS + i] & 0xff) != 0;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, &status)) goto done;
+    if (!validate(t, &status)) goto done;
+    if (!kasmina_device_enter(&scope, &t[X], &status)) goto done;
+    if (run(t, wanted, &scope, &status))
+        for (int i = 0; i < NUM_RESULTS; ++i) kasmina_tensor_return(&t[GRAD_X + i], &stack[i]);
+done:
+    kasmina_device_leave(&scope);
+    kasmina_tensors_release(t, NUM_TENSORS);
+    kasmina_raise(&status, op);
+}

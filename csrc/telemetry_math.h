@@ -1,0 +1,59 @@
+/* The telemetry accumulator's arithmetic, shared by C and CUDA. */
+#ifndef KASMINA_TELEMETRY_MATH_H
+#define KASMINA_TELEMETRY_MATH_H
+
+#include <math.h>
+
+#include "kernels.h"
+#include "seed_math.h"
+
+/* Moments of a set of numbers: how many, their mean, the sum of squared deviations from it. */
+typedef struct {
+    double count, mean, m2;
+} kasmina_moments;
+
+/* The moments of `count` numbers from S1 = sum (x - shift) and S2 = sum (x - shift)^2. */
+KASMINA_FN kasmina_moments kasmina_shifted_moments(double count, double shift, double s1, double s2)
+{
+    kasmina_moments m = {count, 0.0, 0.0};
+    if (count == 0.0) return m;
+    m.mean = shift + s1 / count;
+    m.m2 = s2 - s1 * (s1 / count);
+    /* Rounding can leave a little below 0; inf - inf is a sum of squares beyond float64. */
+    if (!(m.m2 >= 0.0)) m.m2 = m.m2 < 0.0 ? 0.0 : HUGE_VAL;
+    return m;
+}
+
+/* Moments of a union from the moments of its parts (Chan, Golub and LeVeque, 1979). An empty part changes no bit. */
+KASMINA_FN kasmina_moments kasmina_join_moments(kasmina_moments a, kasmina_moments b)
+{
+    if (b.count == 0.0) return a;
+    if (a.count == 0.0) return b;
+    double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
+    kasmina_moments m = {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+    return m;
+}
+
+/* Join moments, batches and non-finite elements into one seed's accumulator [5]. */
+KASMINA_FN void kasmina_accumulate(double *telemetry, kasmina_moments added, double batches, double nonfinite)
+{
+    kasmina_moments old = {telemetry[KASMINA_COUNT], telemetry[KASMINA_MEAN], telemetry[KASMINA_M2]};
+    kasmina_moments m = kasmina_join_moments(old, added);
+    telemetry[KASMINA_COUNT] = m.count;
+    telemetry[KASMINA_MEAN] = m.mean;
+    telemetry[KASMINA_M2] = m.m2;
+    telemetry[KASMINA_BATCHES] += batches;
+    telemetry[KASMINA_NONFINITE] += nonfinite;
+}
+
+/* (mean, variance, std) of one seed's accumulator into out[3]; NaN where nothing was counted. */
+KASMINA_FN void kasmina_reduce(const double *telemetry, double *out)
+{
+    bool measured = telemetry[KASMINA_COUNT] > 0.0;
+    double variance = measured ? telemetry[KASMINA_M2] / telemetry[KASMINA_COUNT] : (double)NAN;
+    out[0] = measured ? telemetry[KASMINA_MEAN] : (double)NAN;
+    out[1] = variance;
+    out[2] = sqrt(variance);
+}
+
+#endif

@@ -1,0 +1,79 @@
+"""The derivative of the blend: one autograd function for the compiled operators and for the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import Function
+
+
+class Backend(NamedTuple):
+    """Who computes: both with the arguments of the operators ``chunked_forward`` and ``chunked_backward``."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class _Blend(Function):
+    @staticmethod
+    def forward(ctx, backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry):
+        ctx.save_for_backward(x, seed_offsets, state, alpha, weights)
+        # Not saved: it is written in the backward, which would trip the check for changes of saved tensors.
+        ctx.backend, ctx.grad_telemetry = backend, grad_telemetry
+        return backend.forward(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        x, seed_offsets, state, alpha, weights = ctx.saved_tensors
+        _, want_x, _, _, want_alpha, want_weights, _, _ = ctx.needs_input_grad
+        dx, dw, dalpha = ctx.backend.backward(
+            grad_y, x, seed_offsets, state, alpha, weights, ctx.grad_telemetry, want_x, want_weights, want_alpha
+        )
+        return (
+            None,
+            dx if want_x else None,
+            None,
+            None,
+            dalpha if want_alpha else None,
+            dw if want_weights else None,
+            None,
+            None,
+        )
+
+    @classmethod
+    def apply_single_level(cls, *args):
+        """``apply`` inside a torch.func transform, where the dispatcher has already peeled off the level."""
+        with enable_single_level_autograd_function():
+            return super(Function, cls).apply(*args)
+
+
+def blend(
+    backend: Backend,
+    x: Tensor,
+    seed_offsets: Tensor,
+    state: Tensor,
+    alpha: Tensor,
+    weights: Tensor,
+    telemetry: Tensor,
+    grad_telemetry: Tensor,
+) -> Tensor:
+    """``backend.forward`` with ``backend.backward`` as its derivative."""
+    needs_grad = x.requires_grad or weights.requires_grad or alpha.requires_grad
+    if not (needs_grad and torch.is_grad_enabled()):
+        return backend.forward(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+    apply = _Blend.apply_single_level if torch._C._are_functorch_transforms_active() else _Blend.apply
+    return apply(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+
+
+def recomputing(x: Tensor) -> bool:
+    """Whether this call runs inside a backward pass: a recomputation, whose activations were already counted.
+
+    Not while a graph is traced: there the forward may run under autograd's engine although it is the first.
+    """
+    return torch._C._current_graph_task_id() != -1 and not isinstance(x, (FakeTensor, FunctionalTensor))
