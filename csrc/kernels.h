@@ -15,12 +15,7 @@
 extern "C" {
 #endif
 
-typedef enum {
-    KASMINA_FLOAT32,
-    KASMINA_FLOAT64,
-    KASMINA_BFLOAT16,
-    KASMINA_FLOAT16
-} kasmina_dtype;
+typedef enum { KASMINA_FLOAT32, KASMINA_FLOAT64, KASMINA_BFLOAT16, KASMINA_FLOAT16 } kasmina_dtype;
 
 /* Columns of the accumulators. */
 enum { KASMINA_COUNT, KASMINA_MEAN, KASMINA_M2, KASMINA_BATCHES, KASMINA_NONFINITE, KASMINA_TELEMETRY_COLUMNS };

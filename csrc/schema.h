@@ -13,25 +13,23 @@
 #define KASMINA_SCHEMA_H
 
 /* y like torch.empty_like(x); x's statistics join telemetry; grad_telemetry is only handed on to the backward. */
-#define KASMINA_SCHEMA_CHUNKED_FORWARD                                                             \
-    "chunked_forward(Tensor x, Tensor seed_offsets, Tensor state, Tensor alpha, "                  \
+#define KASMINA_SCHEMA_CHUNKED_FORWARD                                            \
+    "chunked_forward(Tensor x, Tensor seed_offsets, Tensor state, Tensor alpha, " \
     "Tensor blueprint_weights, Tensor(a!) telemetry, Tensor grad_telemetry) -> Tensor"
 
 /* dx like x, dw [P, H] in the bank's dtype, dalpha float32 [S]; one that is not asked for has size 0. */
-#define KASMINA_SCHEMA_CHUNKED_BACKWARD                                                            \
-    "chunked_backward(Tensor grad_y, Tensor x, Tensor seed_offsets, Tensor state, Tensor alpha, "  \
-    "Tensor blueprint_weights, Tensor(a!) grad_telemetry, bool grad_x, bool grad_weights, "        \
+#define KASMINA_SCHEMA_CHUNKED_BACKWARD                                                           \
+    "chunked_backward(Tensor grad_y, Tensor x, Tensor seed_offsets, Tensor state, Tensor alpha, " \
+    "Tensor blueprint_weights, Tensor(a!) grad_telemetry, bool grad_x, bool grad_weights, "       \
     "bool grad_alpha) -> (Tensor, Tensor, Tensor)"
 
 /* x's statistics join telemetry. */
-#define KASMINA_SCHEMA_TELEMETRY_UPDATE                                                            \
-    "telemetry_update(Tensor x, Tensor seed_offsets, Tensor(a!) telemetry) -> ()"
+#define KASMINA_SCHEMA_TELEMETRY_UPDATE "telemetry_update(Tensor x, Tensor seed_offsets, Tensor(a!) telemetry) -> ()"
 
 /* float64 [S, 3]: mean, variance, std; NaN where the count is 0. */
 #define KASMINA_SCHEMA_TELEMETRY_REDUCE "telemetry_reduce(Tensor telemetry) -> Tensor"
 
 /* telemetry becomes what it would be had it seen both. */
-#define KASMINA_SCHEMA_TELEMETRY_MERGE                                                             \
-    "telemetry_merge(Tensor(a!) telemetry, Tensor other) -> ()"
+#define KASMINA_SCHEMA_TELEMETRY_MERGE "telemetry_merge(Tensor(a!) telemetry, Tensor other) -> ()"
 
 #endif

@@ -56,14 +56,14 @@ KASMINA_FN bool kasmina_trains_weights(int32_t lifecycle)
 #define KASMINA_DEFINE_COEFFICIENTS(NAME, T)                                        \
     KASMINA_FN void NAME(int32_t strategy, T alpha, T w, T v, T *a, T *b)           \
     {                                                                               \
-        *b = (T)-0.0;                                                               \
+        *b = (T) - 0.0;                                                             \
         switch (strategy) {                                                         \
         case KASMINA_MULTIPLICATIVE: *a = ((T)1 - alpha) + alpha * w; break;        \
         case KASMINA_ADDITIVE: *a = (T)1, *b = alpha * w; break;                    \
         case KASMINA_MIXED: *a = (T)1 - alpha / (T)2, *b = alpha * w / (T)2; break; \
         default: *a = ((T)1 - alpha) + alpha * w, *b = alpha * v; break;            \
         }                                                                           \
-        if (*b == (T)0) *b = (T)-0.0;                                               \
+        if (*b == (T)0) *b = (T) - 0.0;                                             \
     }
 
 KASMINA_DEFINE_COEFFICIENTS(kasmina_coefficients_f32, float)
@@ -77,8 +77,8 @@ typedef struct {
 } kasmina_feature_gradients;
 
 /* From u = sum G x and v = sum G over the rows; w and w_next as for the coefficients. */
-KASMINA_FN kasmina_feature_gradients kasmina_gradients(int32_t strategy, double alpha, double w, double w_next, double u,
-                                                       double v)
+KASMINA_FN kasmina_feature_gradients kasmina_gradients(int32_t strategy, double alpha, double w, double w_next,
+                                                       double u, double v)
 {
     kasmina_feature_gradients g = {0.0, 0.0, 0.0};
     switch (strategy) {

@@ -25,7 +25,7 @@ bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, in
         memcpy(&tensors[i].handle, &stack[i], sizeof tensors[i].handle);
     }
     for (int i = 0; i < count; ++i)
-        if (!describe(&tensors[i])) return kasmina_fail(status, "argument %d is not a strided tensor", i);
+        if (!describe(&tensors[i])) return kasmina_fail(status, "argument %d must be a strided tensor", i);
     return true;
 }
 

@@ -26,13 +26,20 @@ def _shape(tensor: Tensor) -> str:
     return "[" + ", ".join(str(int(n)) for n in tensor.shape) + "]"
 
 
+def _expect_strided(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        _fail(op, argument, "be a strided tensor", tensor.layout)
+
+
 def _expect_floating(op: str, argument: str, tensor: Tensor) -> None:
+    _expect_strided(op, argument, tensor)
     if tensor.dtype not in FLOATING:
         expected = "be float32, float64, bfloat16 or float16"
         _fail(op, argument, expected, _dtype_name(tensor.dtype))
 
 
 def _expect_dtype(op: str, argument: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    _expect_strided(op, argument, tensor)
     if tensor.dtype != dtype:
         _fail(op, argument, f"be {_dtype_name(dtype)}", _dtype_name(tensor.dtype))
 
@@ -54,7 +61,7 @@ def _expect_contiguous(op: str, argument: str, tensor: Tensor) -> None:
 
 
 def _expect_activations(op: str, argument: str, x: Tensor) -> None:
-    if x.layout != torch.strided:
+    if not torch.compiler.is_compiling() and x.layout != torch.strided:
         _fail(op, argument, "be a strided tensor", x.layout)
     _expect_floating(op, argument, x)
     if not 1 <= x.dim() <= MAX_DIMS:

@@ -112,8 +112,9 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "kasmina::chunked_backward has no derivative of its own: build the layer with enable_triton=False "
-            "(or call kasmina_ext.reference.chunked_forward), which PyTorch can differentiate twice"
+            "kasmina::chunked_backward has no derivative of its own: give the layer enable_triton=False "
+            "(KasminaLayer: enable_kernels=False), or call kasmina_ext.reference.chunked_forward; "
+            "PyTorch can differentiate these twice"
         )
 
     @classmethod

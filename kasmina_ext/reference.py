@@ -56,14 +56,13 @@ def feature_owner(seed_offsets: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """``(owner int64 [H], owned bool [H])``; the owner is 0 where there is none."""
     seeds = seed_offsets.size(0) - 1
     index = torch.arange(features, device=seed_offsets.device)
-    owner = torch.searchsorted(seed_offsets[1:].contiguous(), index, right=True)
-    owned = owner < seeds
+    # Over all offsets, not a slice: torch 2.11's compiler reads a slice of boundaries from its storage's start.
+    owner = torch.searchsorted(seed_offsets, index, right=True) - 1
+    owned = (owner >= 0) & (owner < seeds)
     return torch.where(owned, owner, 0), owned
 
 
-def _features(
-    seed_offsets: Tensor, state: Tensor, alpha: Tensor, weights: Tensor, accumulate: torch.dtype
-) -> Features:
+def _features(seed_offsets: Tensor, state: Tensor, alpha: Tensor, weights: Tensor, accumulate: torch.dtype) -> Features:
     num_blueprints, features = weights.shape
     owner, owned = feature_owner(seed_offsets, features)
     lifecycle, blueprint, _, strategy = (row[owner] for row in state[:4])
@@ -131,16 +130,15 @@ def chunked_forward(
     """
     _validate.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
     _collect(x.detach(), seed_offsets, telemetry)
-    return _autograd.blend(
-        _REFERENCE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry
-    )
+    return _autograd.blend(_REFERENCE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
 def _collect(x: Tensor, seed_offsets: Tensor, telemetry: Tensor) -> None:
     if telemetry.numel() == 0:
         return
-    if torch.compiler.is_compiling():
-        # The gate against counting a recomputation cannot be traced; the operator carries it into the graph.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # The gate against counting a recomputation cannot be traced, and a transform forbids writing to what it did
+        # not make: the operator carries both through.
         torch.ops.kasmina.telemetry_update(x, seed_offsets, telemetry)
     elif not _autograd.recomputing(x):
         _update(x, seed_offsets, telemetry)
@@ -185,8 +183,16 @@ def chunked_backward(
     not grafted; ``dalpha [S]`` float32 sums (w - 1)u, w v, (w v - u)/2 or (w - 1)u + w'v over a grafted seed's features.
     Adds ``sum u^2, sum v^2, 1`` per seed to ``grad_telemetry`` where these sums are finite.
     """
-    _validate.chunked_backward(grad_y, x, seed_offsets, state, alpha, blueprint_weights, grad_telemetry)
-    seeds, features = seed_offsets.size(0) - 1, x.size(-1)
+    inputs = (grad_y, x, seed_offsets, state, alpha, blueprint_weights, grad_telemetry)
+    _validate.chunked_backward(*inputs)
+    return _gradients(*inputs, grad_x, grad_weights, grad_alpha)
+
+
+def _gradients(
+    grad_y, x, seed_offsets, state, alpha, blueprint_weights, grad_telemetry, grad_x, grad_weights, grad_alpha
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of arguments that were checked: in the forward, where this is its derivative."""
+    seeds = seed_offsets.size(0) - 1
     dx, dw = x.new_empty(0), blueprint_weights.new_empty(0)
     dalpha = alpha.new_empty(0)
     if seeds == 0 or x.numel() == 0:
@@ -195,6 +201,11 @@ def chunked_backward(
             torch.zeros_like(blueprint_weights, memory_format=torch.contiguous_format) if grad_weights else dw,
             alpha.new_zeros(seeds) if grad_alpha else dalpha,
         )
+    if grad_telemetry.numel() and torch._C._are_functorch_transforms_active():
+        # As for telemetry: only an operator may write to what the transform did not make.
+        inputs = (x, seed_offsets, state, alpha, blueprint_weights, grad_telemetry)
+        torch.ops.kasmina.chunked_backward(grad_y, *inputs, False, False, False)
+        grad_telemetry = grad_telemetry.new_empty(0)
     accumulate = accumulation_dtype(x.dtype)
     f = _features(seed_offsets, state, alpha, blueprint_weights, accumulate)
     wide_grad = grad_y.to(accumulate)
@@ -212,7 +223,6 @@ def chunked_backward(
             dw = _weight_gradient(f, u, v, blueprint_weights)
         if grad_alpha:
             dalpha = _sum_by_seed(f, _alpha_gradient(f, u, v), seeds).to(torch.float32)
-    assert dw.numel() in (0, features * blueprint_weights.size(0))
     return dx, dw, dalpha
 
 
@@ -311,9 +321,7 @@ def _joined(telemetry: Tensor, other: Tensor) -> Tensor:
             total,
             # A side without elements leaves the other's bits alone.
             torch.where(count_b == 0, mean, torch.where(count == 0, mean_b, mean + delta * share)),
-            torch.where(
-                count_b == 0, m2, torch.where(count == 0, m2_b, m2 + m2_b + delta * delta * count * share)
-            ),
+            torch.where(count_b == 0, m2, torch.where(count == 0, m2_b, m2 + m2_b + delta * delta * count * share)),
             telemetry[:, 3] + other[:, 3],
             telemetry[:, 4] + other[:, 4],
         ),
@@ -336,4 +344,4 @@ def telemetry_merge(telemetry: Tensor, other: Tensor) -> None:
     _merge(telemetry, other)
 
 
-_REFERENCE = _autograd.Backend(_blend, chunked_backward)
+_REFERENCE = _autograd.Backend(_blend, _gradients)

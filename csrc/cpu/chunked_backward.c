@@ -136,8 +136,7 @@ static void finish_seed(const plan *p, int64_t seed)
         if (!grafted) continue;
         int64_t at = blueprint * features + feature;
         double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at), next = 0.0;
-        if (strategy == KASMINA_AFFINE)
-            next = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at + features);
+        if (strategy == KASMINA_AFFINE) next = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at + features);
         if (args->dtype != KASMINA_FLOAT64) w = (float)w, next = (float)next;
         kasmina_feature_gradients g = kasmina_gradients(strategy, seeds->alpha[seed], w, next, s.u, s.v);
         grad_alpha += g.alpha;

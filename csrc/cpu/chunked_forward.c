@@ -106,8 +106,8 @@ static void sum_carefully(const plan *p, const kasmina_patch *patch, int64_t row
                           column_sums *sums)
 {
     for (int64_t r = row; r < row + rows; ++r) {
-        double value = kasmina_load_scalar(
-            p->args->dtype, kasmina_at(&p->tiling, p->args->x, r, patch->first_column + i), 0);
+        double value =
+            kasmina_load_scalar(p->args->dtype, kasmina_at(&p->tiling, p->args->x, r, patch->first_column + i), 0);
         double deviation = value - sums->origin[i];
         if (isfinite(value)) {
             sums->d1[i] += deviation;
@@ -173,8 +173,8 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
                                   kasmina_at(t, args->x, row + r, patch->first_column), &coefficients, n);
             }
         }
-        if (args->telemetry && t->ops->flush(sums.d1, sums.d2, sums.s1, sums.s2, sums.shift, sums.origin, (double)rows,
-                                             worth, n))
+        if (args->telemetry &&
+            t->ops->flush(sums.d1, sums.d2, sums.s1, sums.s2, sums.shift, sums.origin, (double)rows, worth, n))
             repair_group(p, patch, group, rows, worth, scratch, &sums);
     }
     if (args->telemetry) for_each_segment(p, patch, &sums, write_partial);
@@ -220,8 +220,8 @@ int kasmina_chunked_forward_cpu(const kasmina_forward_args *args)
 {
     plan p = {.args = args, .tiling = kasmina_make_tiling(&args->layout, args->dtype), .partials = args->workspace};
     p.slots = count_slots(&p.tiling, args->seeds.chunks.count);
-    int error = kasmina_parallel_for(0, p.tiling.tiles * p.tiling.blocks, kasmina_patch_grain(&p.tiling),
-                                     process_patches, &p);
+    int error =
+        kasmina_parallel_for(0, p.tiling.tiles * p.tiling.blocks, kasmina_patch_grain(&p.tiling), process_patches, &p);
     if (error || !args->telemetry) return error;
     kasmina_lock();
     error = kasmina_parallel_for(0, args->seeds.chunks.count, 4096, merge_seeds, &p);

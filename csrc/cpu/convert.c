@@ -87,8 +87,7 @@ __attribute__((target("avx,f16c"))) static void widen_float16_f16c(float *restri
                                                                    int64_t n)
 {
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
     widen_float16_portable(dst + i, src + i, n - i);
 }
 

@@ -6,8 +6,7 @@ static void reduce_seeds(int64_t begin, int64_t end, void *context)
 {
     const kasmina_telemetry_reduce_args *args = context;
     for (int64_t seed = begin; seed < end; ++seed)
-        kasmina_reduce(args->telemetry + seed * KASMINA_TELEMETRY_COLUMNS,
-                       args->out + seed * KASMINA_REDUCED_COLUMNS);
+        kasmina_reduce(args->telemetry + seed * KASMINA_TELEMETRY_COLUMNS, args->out + seed * KASMINA_REDUCED_COLUMNS);
 }
 
 int kasmina_telemetry_reduce_cpu(const kasmina_telemetry_reduce_args *args)

@@ -69,8 +69,8 @@ int64_t kasmina_find_seed(const kasmina_chunks *chunks, int64_t feature)
 }
 
 /* Coefficients of one feature; false where it keeps its input. */
-static bool feature_coefficients(const kasmina_seeds *seeds, int64_t features, int64_t seed, int64_t feature,
-                                 bool wide, double *a, double *b)
+static bool feature_coefficients(const kasmina_seeds *seeds, int64_t features, int64_t seed, int64_t feature, bool wide,
+                                 double *a, double *b)
 {
     int64_t count = seeds->chunks.count;
     int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];

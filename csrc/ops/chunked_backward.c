@@ -30,8 +30,8 @@ static bool align(kasmina_tensor *t, kasmina_layout *layout, kasmina_status *sta
 {
     if (!kasmina_tensor_layout(&t[X], layout)) {
         kasmina_tensor like;
-        bool copied = kasmina_tensor_empty_like(&like, &t[X], status) &&
-                      kasmina_tensor_restride(&t[X], like.strides, status);
+        bool copied =
+            kasmina_tensor_empty_like(&like, &t[X], status) && kasmina_tensor_restride(&t[X], like.strides, status);
         kasmina_tensors_release(&like, 1);
         if (!copied) return false;
         kasmina_tensor_layout(&t[X], layout);

@@ -28,8 +28,8 @@ bool kasmina_make_workspace(kasmina_tensor *workspace, void **data, size_t bytes
 {
     *data = NULL;
     if (bytes == 0) return true;
-    if (bytes > (size_t)INT64_MAX || !kasmina_tensor_empty_1d(workspace, (int64_t)bytes, aoti_torch_dtype_uint8(), like,
-                                                              status))
+    if (bytes > (size_t)INT64_MAX ||
+        !kasmina_tensor_empty_1d(workspace, (int64_t)bytes, aoti_torch_dtype_uint8(), like, status))
         return kasmina_fail(status, "could not allocate a workspace of %zu bytes", bytes);
     *data = kasmina_tensor_mutable_data(workspace, status);
     return *data != NULL;

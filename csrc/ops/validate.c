@@ -126,8 +126,7 @@ static bool expect_offset_values(const kasmina_op_inputs *in, kasmina_status *st
     const int32_t *values = kasmina_tensor_data(&offsets, status);
     int64_t stride = offsets.strides[0], last = num_seeds(in), features = num_features(in);
     if (!values) return false;
-    if (values[0] != 0)
-        return kasmina_fail(status, "%s: seed_offsets must start at 0, got %d", in->op, (int)values[0]);
+    if (values[0] != 0) return kasmina_fail(status, "%s: seed_offsets must start at 0, got %d", in->op, (int)values[0]);
     for (int64_t i = 1; i <= last; ++i)
         if (values[i * stride] < values[(i - 1) * stride])
             return kasmina_fail(status, "%s: seed_offsets must not decrease, got %d after %d at %" PRId64, in->op,

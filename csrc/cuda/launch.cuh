@@ -1,0 +1,54 @@
+/* Host side of every launch: what the current device is, and the one call that enqueues a kernel. */
+#ifndef KASMINA_CUDA_LAUNCH_CUH
+#define KASMINA_CUDA_LAUNCH_CUH
+
+#include <stdint.h>
+#include <cuda_runtime.h>
+
+/* What decides the grids of the current device. Costs no synchronisation. */
+typedef struct {
+    int multiprocessors;
+    bool dependent_launch; /* our image for it has the dependent launch of sm_90 */
+} kasmina_cuda_device;
+
+/* 0, or the error of the CUDA call that failed. */
+cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device);
+
+namespace kasmina {
+
+/*
+ * Enqueue kernel<<<blocks, threads, shared_bytes>>>(params). `dependent`: it may start before the
+ * kernel enqueued last has ended, and calls wait_for_primary(). Returns the launch's error, which is
+ * taken off the runtime's record, so that no later call reports it again.
+ */
+template <typename Params>
+static cudaError_t launch(void (*kernel)(Params), const Params &params, int64_t blocks, int threads,
+                          size_t shared_bytes, void *stream, bool dependent)
+{
+    if (blocks <= 0) return cudaSuccess;
+    if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &attribute;
+    config.numAttrs = dependent ? 1 : 0;
+    void *arguments[] = {(void *)&params};
+    const cudaError_t error = cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
+    const cudaError_t recorded = cudaGetLastError();
+    return error != cudaSuccess ? error : recorded;
+}
+
+/* A part of the workspace; each begins at a multiple of 256 bytes. */
+static inline size_t padded(int64_t bytes)
+{
+    return ((size_t)bytes + 255) / 256 * 256;
+}
+
+} /* namespace kasmina */
+
+#endif

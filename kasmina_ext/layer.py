@@ -1,0 +1,365 @@
+"""The layer: a base layer whose output features are cut into chunks, each owned by a seed."""
+
+from __future__ import annotations
+
+from itertools import chain
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_ext import flags, ops, reference
+from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
+from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy
+from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager
+from kasmina_ext.state import ExtendedStateTensor, StateVar, fill_fresh, new_state, row_view
+from kasmina_ext.telemetry import legacy_buffer
+from kasmina_ext.transitions import SeedTransitions
+from kasmina_ext.wrapper import TransparentWrapper
+
+
+class KasminaLayer(SeedTransitions, TransparentWrapper):
+    """``kasmina(base_layer(x))``: the output of ``base_layer``, with every grafted seed blended into its chunk.
+
+    ======================  =======  ==============================================================
+    buffer                  dtype    shape
+    ======================  =======  ==============================================================
+    ``seed_offsets``        int32    ``[S + 1]``
+    ``state``               int32    ``[8, S]``: :class:`~kasmina_ext.state.StateVar`
+    ``alpha``               float32  ``[S]``: blend factors
+    ``telemetry``           float64  ``[S, 5]``: :class:`~kasmina_ext.telemetry.TelemetryColumn`
+    ``grad_telemetry``      float64  ``[S, 3]``: :class:`~kasmina_ext.telemetry.GradTelemetryColumn`
+    ``history``             int32    ``[S, 10, 2]``: a ring of transitions
+    ``history_count``       int32    ``[S]``: transitions ever made
+    ``performance_metrics`` float32  ``[S, 4]``: :class:`~kasmina_ext.state.PerformanceColumn`
+    ======================  =======  ==============================================================
+
+    and one parameter, the bank ``blueprint_weights [P, H]``. Attributes that the layer lacks
+    (``weight``, ``bias``, ``in_features``, ...) are its base layer's. Casts (``.half()``,
+    ``.to(dtype)``) reach the base layer and the bank; the buffers follow devices only.
+
+    Arguments:
+        base_layer: any module that returns a tensor, or a tuple whose first element is one; that
+            one is transformed.
+        chunk_size: features per seed, about: there are ``H / chunk_size`` seeds, rounded.
+        num_seeds: how many instead.
+        num_blueprints: rows of the bank.
+        strategy: the :class:`~kasmina_ext.grafting.GraftingStrategy` that seeds start with; the
+            bank starts neutral for it.
+        alpha_schedule: with "linear", "cosine" or "sigmoid", entering GRAFTING sets a seed's alpha
+            to 0 and entering STABILIZATION sets it to 1; between them set it with ``set_alpha``
+            (:func:`kasmina_ext.grafting.ramp` is the curve).
+        hidden_dim, feature_dim: features of the base layer's output and their dimension, where the
+            base layer does not tell.
+        chunking: "balanced" (all features are owned) or "uniform" (equal chunks, the remainder is
+            unowned).
+        telemetry: whether to collect; may be changed later through ``telemetry_enabled``.
+        enable_kernels: False makes this layer run the reference: plain PyTorch, which can be
+            differentiated twice.
+        device: moves the base layer and everything else; by default all goes where the base layer
+            is.
+        blueprint_dtype: of the bank; by default float32 (float64 where the base layer is float64),
+            since a small step from a weight of 1 is lost in bfloat16.
+    """
+
+    BUFFER_DTYPES = {
+        "seed_offsets": torch.int32,
+        "state": torch.int32,
+        "alpha": torch.float32,
+        "telemetry": torch.float64,
+        "grad_telemetry": torch.float64,
+        "history": torch.int32,
+        "history_count": torch.int32,
+        "performance_metrics": torch.float32,
+    }
+    OWN_NAMES = frozenset({"base_layer", "blueprint_weights"})
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        *,
+        chunk_size: int = 16,
+        num_seeds: int | None = None,
+        num_blueprints: int = 2,
+        strategy: GraftingStrategy | int | str = "affine",
+        alpha_schedule: AlphaSchedule | int | str | None = None,
+        hidden_dim: int | None = None,
+        feature_dim: int | None = None,
+        chunking: str = "balanced",
+        telemetry: bool = True,
+        enable_kernels: bool = True,
+        device: torch.device | str | None = None,
+        blueprint_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base_layer, nn.Module):
+            raise TypeError(f"base_layer must be a torch.nn.Module, got {type(base_layer).__name__}")
+        chunk_size = _count("chunk_size", chunk_size)
+        num_seeds = None if num_seeds is None else _count("num_seeds", num_seeds)
+        num_blueprints = _count("num_blueprints", num_blueprints)
+        hidden_dim = None if hidden_dim is None else _count("hidden_dim", hidden_dim)
+        found = output_features(base_layer, hidden_dim, feature_dim)
+
+        self.hidden_dim = found.hidden_dim
+        self.feature_dim = found.feature_dim
+        self._unbatched_rank = found.unbatched_rank
+        self.num_seeds = num_seeds or max(1, (2 * self.hidden_dim + chunk_size) // (2 * chunk_size))
+        self.chunk_size = chunk_size_of(self.hidden_dim, self.num_seeds)
+        self.chunking = chunking
+        self.num_blueprints = num_blueprints
+        self.strategy = GraftingStrategy.parse(strategy)
+        if self.strategy.rows > num_blueprints:
+            raise ValueError(
+                f"strategy {self.strategy.name} takes {self.strategy.rows} rows of the bank, "
+                f"num_blueprints is {num_blueprints}"
+            )
+        self.alpha_schedule = AlphaSchedule.parse(alpha_schedule)
+        self.telemetry_enabled = bool(telemetry)
+        self.enable_kernels = bool(enable_kernels)
+        self.lifecycle_manager = LifecycleManager()
+
+        if device is not None:
+            base_layer.to(device)
+        home, dtype = _home_of(found.module, base_layer)
+        home = home if device is None else torch.device(device)
+        if blueprint_dtype is not None and not blueprint_dtype.is_floating_point:
+            raise ValueError(f"blueprint_dtype must be a floating dtype, got {blueprint_dtype}")
+        seeds = self.num_seeds
+        buffers = {
+            "seed_offsets": chunk_offsets(self.hidden_dim, seeds, chunking).to(home),
+            "alpha": torch.empty(seeds, device=home, dtype=torch.float32),
+            "telemetry": torch.empty((seeds, 5), device=home, dtype=torch.float64),
+            "grad_telemetry": torch.empty((seeds, 3), device=home, dtype=torch.float64),
+            **new_state(seeds, home),
+        }
+        for name in self.BUFFER_DTYPES:
+            self.register_buffer(name, buffers[name])
+        bank = torch.empty((num_blueprints, self.hidden_dim), device=home, dtype=blueprint_dtype or dtype)
+        self.blueprint_weights = nn.Parameter(bank)
+        # Last: from here on, attributes that the layer lacks are looked for in the base layer.
+        self.base_layer = base_layer
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A new layer's seeds, telemetry and bank, in place (after ``to_empty``, say); the base layer is left alone."""
+        buffers = self._buffers
+        with torch.no_grad():
+            offsets = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
+            buffers["seed_offsets"].copy_(offsets)
+            fill_fresh(buffers)
+            buffers["state"][StateVar.GRAFTING_STRATEGY] = int(self.strategy)
+            buffers["alpha"].fill_(1.0)
+        self.reset_telemetry()
+        self._reset_bank()
+
+    def _reset_bank(self) -> None:
+        """Neutral for the layer's strategy: nothing changes when a seed is grafted."""
+        bank = self.blueprint_weights
+        rows = [self.strategy.neutral[p % self.strategy.rows] for p in range(self.num_blueprints)]
+        values = torch.tensor(rows, device=bank.device)[:, None].expand(bank.shape)
+        self._write_bank(torch.ones(bank.shape, dtype=torch.bool, device=bank.device), values)
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's output, transformed: the tensor, or the first element of a tuple."""
+        out = self._modules["base_layer"](*args, **kwargs)
+        if isinstance(out, Tensor):
+            return self._blend(out)
+        if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
+            blended = (self._blend(out[0]), *out[1:])
+            return type(out)(*blended) if hasattr(out, "_fields") else blended
+        raise TypeError(
+            f"{type(self._modules['base_layer']).__name__} returned {type(out).__name__}; "
+            "expected a tensor or a tuple whose first element is one"
+        )
+
+    def _blend(self, x: Tensor) -> Tensor:
+        # Every forward comes here: dictionaries, since nn.Module's attribute lookup is slow.
+        buffers = self._buffers
+        bank = self._parameters.get("blueprint_weights")
+        if bank is None:  # parametrized, pruned, or a replica of DataParallel
+            bank = self.blueprint_weights
+        if self.telemetry_enabled:
+            seen, seen_gradients = buffers["telemetry"], buffers["grad_telemetry"]
+        else:
+            seen = seen_gradients = buffers["telemetry"].new_empty(0)
+        compiled = self.enable_kernels and flags.triton_kernels and flags.has_kernel(x.device, x.dtype)
+        op = ops.chunked_forward if compiled else reference.chunked_forward
+        dim = self.feature_dim
+        if dim != -1:
+            if x.dim() == self._unbatched_rank:
+                dim -= 1
+            x = x.movedim(dim, -1)
+        y = op(
+            x,
+            buffers["seed_offsets"],
+            buffers["state"],
+            buffers["alpha"],
+            bank,
+            seen,
+            seen_gradients,
+        )
+        return y if dim == -1 else y.movedim(-1, dim)
+
+    # ---- views of the state ----------------------------------------------------------------------
+
+    lifecycle_states = row_view(StateVar.LIFECYCLE_STATE, "int32 ``[S]``, a view of the state.")
+    blueprint_ids = row_view(StateVar.BLUEPRINT_ID, "int32 ``[S]``, a view of the state; -1: none.")
+    grafting_strategies = row_view(StateVar.GRAFTING_STRATEGY, "int32 ``[S]``, a view of the state.")
+
+    @property
+    def state_tensor(self) -> Tensor:
+        """int32 ``[S, 8]``, a view of the state: writing it is writing the state."""
+        return self._buffers["state"].t()
+
+    @property
+    def extended_state(self) -> ExtendedStateTensor:
+        """The state's API, on the layer's own tensors."""
+        return ExtendedStateTensor.over(self._buffers, self.num_blueprints)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the seeds live."""
+        return self._buffers["state"].device
+
+    @property
+    def chunks_per_layer(self) -> int:
+        """Seeds in this layer."""
+        return self.num_seeds
+
+    def get_active_seed_count(self) -> int:
+        """How many seeds are not dormant. Waits for the device."""
+        return int((self.lifecycle_states > ExtendedLifecycle.DORMANT).sum())
+
+    def get_active_seeds_mask(self) -> Tensor:
+        """bool ``[S]``: seeds whose blueprint is trained (TRAINING, GRAFTING, FINE_TUNING)."""
+        return self.extended_state.get_active_seeds_mask()
+
+    def get_performance_summary(self) -> dict[str, Any]:
+        """A few facts, as numbers and text. Waits for the device."""
+        active = self.get_active_seed_count()
+        return {
+            "total_seeds": self.num_seeds,
+            "active_seeds": active,
+            "active_ratio": active / self.num_seeds,
+            "triton_enabled": self.enable_kernels and flags.compiled_path(self.device)[0],
+            "chunk_size": self.chunk_size,
+            "hidden_dim": self.hidden_dim,
+            "device": str(self.device),
+        }
+
+    # ---- telemetry -------------------------------------------------------------------------------
+
+    @property
+    def telemetry_buffer(self) -> Tensor:
+        """float32 ``[S, 4]``, derived: sum, sum of squares, count, batches."""
+        return legacy_buffer(self._buffers["telemetry"])
+
+    def reset_telemetry(self) -> None:
+        """Forget all activations and gradients seen."""
+        self._buffers["telemetry"].zero_()
+        self._buffers["grad_telemetry"].zero_()
+
+    # ---- what nn.Module asks for -----------------------------------------------------------------
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        loaded = self._buffers["seed_offsets"]
+        expected = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
+        if loaded.is_meta or torch.equal(loaded.cpu(), expected):
+            return
+        self._buffers["seed_offsets"] = expected.to(loaded.device)
+        if f"{prefix}seed_offsets" in state_dict:
+            error_msgs.append(
+                f'"{prefix}seed_offsets" cuts the features differently from this layer '
+                f"(chunking={self.chunking!r}, {self.num_seeds} seeds, {self.hidden_dim} features)"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_dim={self.hidden_dim}, num_seeds={self.num_seeds}, "
+            f"chunk_size={self.chunk_size}, chunking={self.chunking!r}, num_blueprints={self.num_blueprints}, "
+            f"strategy={self.strategy.name.lower()!r}, feature_dim={self.feature_dim}"
+        )
+
+
+class TritonChunkedKasminaLayer(KasminaLayer):
+    """The drop-in for the Triton package's layer, with its defaults: uniform chunks and a bank of 10 random rows.
+
+    ``enable_triton`` keeps its name and turns the compiled kernels on; ``checkpoint_dir`` is kept
+    on the layer. All other arguments are keywords, as in :class:`KasminaLayer`; so are all methods.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        chunks_per_layer: int = 1000,
+        device: torch.device | str | None = None,
+        checkpoint_dir: str | PathLike[str] | None = None,
+        enable_triton: bool = True,
+        *,
+        num_blueprints: int = 10,
+        strategy: GraftingStrategy | int | str = "multiplicative",
+        chunking: str = "uniform",
+        alpha_schedule: AlphaSchedule | int | str | None = None,
+        hidden_dim: int | None = None,
+        feature_dim: int | None = None,
+        telemetry: bool = True,
+        blueprint_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            base_layer,
+            num_seeds=_count("chunks_per_layer", chunks_per_layer),
+            num_blueprints=num_blueprints,
+            strategy=strategy,
+            alpha_schedule=alpha_schedule,
+            hidden_dim=hidden_dim,
+            feature_dim=feature_dim,
+            chunking=chunking,
+            telemetry=telemetry,
+            enable_kernels=enable_triton,
+            device=device,
+            blueprint_dtype=blueprint_dtype,
+        )
+        self.checkpoint_dir = checkpoint_dir
+        self.blueprint_registry: dict[int, Any] = {}
+        """Yours: what a blueprint id stands for. The layer does not look at it."""
+
+    @property
+    def enable_triton(self) -> bool:
+        """Whether this layer uses the compiled kernels where there are any."""
+        return self.enable_kernels
+
+    @enable_triton.setter
+    def enable_triton(self, enable: bool) -> None:
+        self.enable_kernels = bool(enable)
+
+    def _reset_bank(self) -> None:
+        nn.init.normal_(self.blueprint_weights)
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value.__index__()
+
+
+def _home_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and bank dtype for new tensors: those of the first module that has a floating tensor;
+    else the defaults.
+    """
+    for module in modules:
+        for tensor in chain(module.parameters(), module.buffers()):
+            if tensor.is_floating_point():
+                wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+                return tensor.device, wide
+    wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return torch.get_default_device(), wide

@@ -1,0 +1,234 @@
+"""The life of a seed: its states, which transitions are legal, and what each asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
+
+from kasmina_ext.grafting import parse_choice
+
+
+class ExtendedLifecycle(IntEnum):
+    """The eleven states of a seed."""
+
+    DORMANT = 0
+    GERMINATED = 1
+    TRAINING = 2
+    GRAFTING = 3
+    STABILIZATION = 4
+    EVALUATING = 5
+    FINE_TUNING = 6
+    FOSSILIZED = 7
+    CULLED = 8
+    CANCELLED = 9
+    ROLLED_BACK = 10
+
+    @classmethod
+    def parse(cls, value: ExtendedLifecycle | int | str) -> ExtendedLifecycle:
+        """From a member, a number or a name; ValueError naming the known ones."""
+        return parse_choice(cls, value, "lifecycle state")
+
+    @property
+    def is_terminal(self) -> bool:
+        """No transition leads out of it (FOSSILIZED to ROLLED_BACK)."""
+        return self >= ExtendedLifecycle.FOSSILIZED
+
+    @property
+    def is_active(self) -> bool:
+        """Its blueprint is being trained."""
+        return self in ACTIVE_STATES
+
+    @property
+    def requires_blueprint(self) -> bool:
+        """It makes no sense without a blueprint (TRAINING to FINE_TUNING)."""
+        return ExtendedLifecycle.TRAINING <= self <= ExtendedLifecycle.FINE_TUNING
+
+
+_S = ExtendedLifecycle
+
+ACTIVE_STATES = (_S.TRAINING, _S.GRAFTING, _S.FINE_TUNING)
+
+_GRAPH = {
+    _S.DORMANT: (_S.GERMINATED,),
+    _S.GERMINATED: (_S.TRAINING, _S.CANCELLED),
+    _S.TRAINING: (_S.GRAFTING, _S.CULLED, _S.CANCELLED),
+    _S.GRAFTING: (_S.STABILIZATION, _S.ROLLED_BACK),
+    _S.STABILIZATION: (_S.EVALUATING, _S.ROLLED_BACK),
+    _S.EVALUATING: (_S.FINE_TUNING, _S.CULLED, _S.ROLLED_BACK),
+    _S.FINE_TUNING: (_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK),
+}
+
+
+@dataclass
+class TransitionContext:
+    """All that is known when a transition is asked for. States may be given as members, numbers or names."""
+
+    seed_id: int
+    current_state: ExtendedLifecycle
+    target_state: ExtendedLifecycle
+    epochs_in_state: int = 0
+    performance_metrics: dict[str, float] = field(default_factory=dict)
+    error_count: int = 0
+    timestamp: float | None = None
+    """Seconds since the epoch; None becomes now."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.current_state = ExtendedLifecycle.parse(self.current_state)
+        self.target_state = ExtendedLifecycle.parse(self.target_state)
+        self.performance_metrics = {} if self.performance_metrics is None else self.performance_metrics
+        self.metadata = {} if self.metadata is None else self.metadata
+        if self.timestamp is None:
+            self.timestamp = time.time()
+
+
+# ---- the strict table ----------------------------------------------------------------------------
+
+
+class StateTransition:
+    """The strict rules: which transitions exist, how long a state lasts at least, and which metrics must be met."""
+
+    VALID_TRANSITIONS: dict[ExtendedLifecycle, frozenset[ExtendedLifecycle]] = {
+        state: frozenset(_GRAPH.get(state, ())) for state in ExtendedLifecycle
+    }
+    MIN_EPOCHS_IN_STATE: dict[ExtendedLifecycle, int] = {
+        _S.DORMANT: 0,
+        _S.GERMINATED: 0,
+        _S.TRAINING: 100,
+        _S.GRAFTING: 50,
+        _S.STABILIZATION: 20,
+        _S.EVALUATING: 30,
+        _S.FINE_TUNING: 50,
+    }
+
+    @classmethod
+    def validate_transition(
+        cls,
+        from_state: ExtendedLifecycle | int | str,
+        to_state: ExtendedLifecycle | int | str,
+        context: TransitionContext,
+    ) -> tuple[bool, str]:
+        """``(True, "valid")``, or ``(False, why not)``: legality first, then epochs (but for
+        ROLLED_BACK), then metrics.
+
+        A metric that is missing or NaN never counts as met. ValueError for something that is no
+        state.
+        """
+        source, target = ExtendedLifecycle.parse(from_state), ExtendedLifecycle.parse(to_state)
+        if target not in cls.VALID_TRANSITIONS.get(source, ()):
+            return False, f"invalid transition {source.name} -> {target.name}"
+        needed = cls.MIN_EPOCHS_IN_STATE.get(source, 0)
+        if target is not _S.ROLLED_BACK and context.epochs_in_state < needed:
+            return (
+                False,
+                f"{source.name} lasts at least {needed} epochs, it has had {context.epochs_in_state}",
+            )
+        rule = _METRIC_RULES.get((source, target))
+        problem = rule(context) if rule else ""
+        return (False, problem) if problem else (True, "valid")
+
+
+def _training_to_grafting(context: TransitionContext) -> str:
+    loss = context.performance_metrics.get("reconstruction_loss", float("inf"))
+    threshold = context.metadata.get("reconstruction_threshold", 0.01)
+    return "" if loss <= threshold else f"reconstruction_loss is {loss}, at most {threshold} is allowed"
+
+
+def _evaluating_to_fine_tuning(context: TransitionContext) -> str:
+    delta = context.performance_metrics.get("performance_delta", 0.0)
+    stability = context.performance_metrics.get("stability_score", 0.0)
+    if not delta > 0:
+        return f"performance_delta is {delta}, it must be above 0"
+    return "" if stability >= 0.8 else f"stability_score is {stability}, it must be at least 0.8"
+
+
+def _evaluating_to_culled(context: TransitionContext) -> str:
+    delta = context.performance_metrics.get("performance_delta", 0.0)
+    error_rate = context.performance_metrics.get("error_rate", 0.0)
+    if delta < -0.05 or error_rate > 0.1 or context.error_count > 5:
+        return ""
+    return (
+        f"nothing speaks for culling: performance_delta is {delta} (not below -0.05), "
+        f"error_rate {error_rate} (not above 0.1), error_count {context.error_count} (not above 5)"
+    )
+
+
+def _fine_tuning_to_fossilized(context: TransitionContext) -> str:
+    improvement = context.performance_metrics.get("total_improvement", 0.0)
+    stability = context.performance_metrics.get("final_stability", 0.0)
+    if not improvement >= 0.01:
+        return f"total_improvement is {improvement}, it must be at least 0.01"
+    return "" if stability >= 0.95 else f"final_stability is {stability}, it must be at least 0.95"
+
+
+_METRIC_RULES: MappingProxyType[tuple[ExtendedLifecycle, ExtendedLifecycle], Callable[[TransitionContext], str]]
+_METRIC_RULES = MappingProxyType(
+    {
+        (_S.TRAINING, _S.GRAFTING): _training_to_grafting,
+        (_S.EVALUATING, _S.FINE_TUNING): _evaluating_to_fine_tuning,
+        (_S.EVALUATING, _S.CULLED): _evaluating_to_culled,
+        (_S.FINE_TUNING, _S.FOSSILIZED): _fine_tuning_to_fossilized,
+    }
+)
+
+
+# ---- the layer's gate ----------------------------------------------------------------------------
+
+
+class LifecycleManager:
+    """The gate that single requests to a layer pass: the strict graph without its least epochs and metric rules.
+
+    ``valid_transitions`` is a set of (from, to) pairs, ``validators`` maps a target state to a
+    function of the :class:`TransitionContext` that says whether it may be entered; both belong to
+    the user and may be changed.
+    """
+
+    def __init__(self) -> None:
+        self.valid_transitions: set[tuple[ExtendedLifecycle, ExtendedLifecycle]] = {
+            (source, target) for source, targets in _GRAPH.items() for target in targets
+        }
+        # Plain functions, so that a layer with its manager can be copied and pickled.
+        self.validators: dict[ExtendedLifecycle, Callable[[TransitionContext], bool]] = {
+            _S.GRAFTING: may_enter_grafting,
+            _S.EVALUATING: may_enter_evaluating,
+            _S.FOSSILIZED: may_enter_fossilized,
+        }
+
+    def can_transition(self, current: ExtendedLifecycle | int | str, target: ExtendedLifecycle | int | str) -> bool:
+        """Whether the graph has this edge."""
+        return (
+            ExtendedLifecycle.parse(current),
+            ExtendedLifecycle.parse(target),
+        ) in self.valid_transitions
+
+    def request_transition(self, context: TransitionContext) -> bool:
+        """Whether the edge exists and the target's validator, where there is one, agrees. Changes nothing."""
+        if not self.can_transition(context.current_state, context.target_state):
+            return False
+        validator = self.validators.get(context.target_state)
+        return validator is None or bool(validator(context))
+
+
+def _given(context: TransitionContext, metric: str) -> float | None:
+    return context.performance_metrics.get(metric, context.metadata.get(metric))
+
+
+def may_enter_grafting(context: TransitionContext) -> bool:
+    """Not with a ``training_loss`` of 1 or more (nor NaN); one that is not given is no obstacle."""
+    loss = _given(context, "training_loss")
+    return loss is None or loss < 1.0
+
+
+def may_enter_evaluating(context: TransitionContext) -> bool:
+    """After at least 5 epochs in the state before."""
+    return context.epochs_in_state >= 5
+
+
+def may_enter_fossilized(context: TransitionContext) -> bool:
+    """Not with an ``accuracy`` of 0.9 or less (nor NaN); one that is not given is no obstacle."""
+    accuracy = _given(context, "accuracy")
+    return accuracy is None or accuracy > 0.9

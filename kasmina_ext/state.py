@@ -1,0 +1,431 @@
+"""The one state tensor: its rows, and the API of the Triton package as a face on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kasmina_ext.grafting import GraftingStrategy
+from kasmina_ext.lifecycle import ACTIVE_STATES, ExtendedLifecycle
+
+
+class StateVar(IntEnum):
+    """Rows of ``state``, int32 ``[8, S]``."""
+
+    LIFECYCLE_STATE = 0
+    BLUEPRINT_ID = 1
+    EPOCHS_IN_STATE = 2
+    GRAFTING_STRATEGY = 3
+    PARENT_STATE = 4
+    CHECKPOINT_ID = 5
+    EVALUATION_SCORE = 6
+    ERROR_COUNT = 7
+
+
+class PerformanceColumn(IntEnum):
+    """Columns of ``performance_metrics``, float32 ``[S, 4]``."""
+
+    LOSS = 0
+    ACCURACY = 1
+    STABILITY = 2
+    EFFICIENCY = 3
+
+
+HISTORY_LENGTH = 10
+NO_ID = -1
+_INT32_MAX = 2**31 - 1
+
+_NAMES = {
+    "lifecycle": StateVar.LIFECYCLE_STATE,
+    "lifecycle_state": StateVar.LIFECYCLE_STATE,
+    "blueprint": StateVar.BLUEPRINT_ID,
+    "blueprint_id": StateVar.BLUEPRINT_ID,
+    "epochs": StateVar.EPOCHS_IN_STATE,
+    "epochs_in_state": StateVar.EPOCHS_IN_STATE,
+    "strategy": StateVar.GRAFTING_STRATEGY,
+    "grafting_strategy": StateVar.GRAFTING_STRATEGY,
+    "parent": StateVar.PARENT_STATE,
+    "parent_state": StateVar.PARENT_STATE,
+    "checkpoint": StateVar.CHECKPOINT_ID,
+    "checkpoint_id": StateVar.CHECKPOINT_ID,
+    "evaluation_score": StateVar.EVALUATION_SCORE,
+    "error_count": StateVar.ERROR_COUNT,
+}
+_PARSERS = {
+    StateVar.LIFECYCLE_STATE: ExtendedLifecycle.parse,
+    StateVar.PARENT_STATE: ExtendedLifecycle.parse,
+    StateVar.GRAFTING_STRATEGY: GraftingStrategy.parse,
+}
+# Least and greatest value of each variable; the bank's size bounds blueprints where it is known.
+_RANGES = {
+    StateVar.LIFECYCLE_STATE: (0, len(ExtendedLifecycle) - 1),
+    StateVar.BLUEPRINT_ID: (NO_ID, _INT32_MAX),
+    StateVar.EPOCHS_IN_STATE: (0, _INT32_MAX),
+    StateVar.GRAFTING_STRATEGY: (0, len(GraftingStrategy) - 1),
+    StateVar.PARENT_STATE: (0, len(ExtendedLifecycle) - 1),
+    StateVar.CHECKPOINT_ID: (NO_ID, _INT32_MAX),
+    StateVar.EVALUATION_SCORE: (-_INT32_MAX - 1, _INT32_MAX),
+    StateVar.ERROR_COUNT: (0, _INT32_MAX),
+}
+
+SeedIds = int | Iterable[int] | Tensor | slice | None
+"""Seeds: an id, a list or tensor of ids, a bool mask ``[S]``, a slice, or None for all of them."""
+
+
+def new_state(num_seeds: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """The tensors of ``num_seeds`` seeds, not filled: see :func:`fill_fresh`."""
+    return {
+        "state": torch.empty((len(StateVar), num_seeds), dtype=torch.int32, device=device),
+        "history": torch.empty((num_seeds, HISTORY_LENGTH, 2), dtype=torch.int32, device=device),
+        "history_count": torch.empty(num_seeds, dtype=torch.int32, device=device),
+        "performance_metrics": torch.empty((num_seeds, len(PerformanceColumn)), dtype=torch.float32, device=device),
+    }
+
+
+def fill_fresh(tensors: Mapping[str, Tensor]) -> None:
+    """Every seed dormant, without blueprint, checkpoint or history."""
+    for name in ("state", "history", "history_count", "performance_metrics"):
+        tensors[name].zero_()
+    tensors["state"][StateVar.BLUEPRINT_ID] = NO_ID
+    tensors["state"][StateVar.CHECKPOINT_ID] = NO_ID
+
+
+def checked_seed_id(seed_id: int, num_seeds: int) -> int:
+    """``seed_id`` as an int; ValueError unless 0 <= seed_id < num_seeds, TypeError for what is no integer."""
+    if isinstance(seed_id, bool) or not hasattr(seed_id, "__index__"):
+        raise TypeError(f"seed_id must be an integer, got {type(seed_id).__name__}")
+    seed = seed_id.__index__()
+    if not 0 <= seed < num_seeds:
+        raise ValueError(f"seed_id must be in [0, {num_seeds}), got {seed}")
+    return seed
+
+
+def row_view(variable: StateVar, doc: str) -> property:
+    """A property: the row of ``_buffers["state"]`` as a view; assigning to it writes the row."""
+
+    def get(self) -> Tensor:
+        return self._buffers["state"][variable]
+
+    def put(self, values: Tensor | int) -> None:
+        with torch.no_grad():
+            self._buffers["state"][variable].copy_(torch.as_tensor(values))
+
+    return property(get, put, doc=doc)
+
+
+class ExtendedStateTensor:
+    """State, history and metrics of ``num_seeds`` seeds; on the CPU unless a device is given.
+
+    A layer's ``extended_state`` is the same API on the layer's own tensors (see :meth:`over`): it
+    holds none itself, so it follows every move of the layer. Seeds are given as :data:`SeedIds`,
+    from any device; an id out of range is a ValueError and writes nothing. Methods that take ids or
+    return Python values wait for the device.
+    """
+
+    def __init__(self, num_seeds: int, device: torch.device | str | None = None) -> None:
+        if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 0:
+            raise ValueError(f"num_seeds must be a number of at least 0, got {num_seeds!r}")
+        self._buffers: Mapping[str, Tensor] = new_state(num_seeds, "cpu" if device is None else device)
+        self._num_blueprints: int | None = None
+        fill_fresh(self._buffers)
+
+    @classmethod
+    def over(cls, buffers: Mapping[str, Tensor], num_blueprints: int) -> ExtendedStateTensor:
+        """A face on ``buffers``, looked up by name at each use; blueprint ids are checked against the bank's size."""
+        face = cls.__new__(cls)
+        face._buffers, face._num_blueprints = buffers, num_blueprints
+        return face
+
+    # ---- the tensors -----------------------------------------------------------------------------
+
+    @property
+    def num_seeds(self) -> int:
+        return self._buffers["state"].size(1)
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffers["state"].device
+
+    @property
+    def state_tensor(self) -> Tensor:
+        """int32 ``[S, 8]``, a view of the state: writing it is writing the state."""
+        return self._buffers["state"].t()
+
+    @property
+    def transition_history(self) -> Tensor:
+        """int32 ``[S, 10, 2]``: a ring of (from, to)."""
+        return self._buffers["history"]
+
+    @property
+    def history_count(self) -> Tensor:
+        """int32 ``[S]``: transitions ever recorded."""
+        return self._buffers["history_count"]
+
+    @property
+    def history_pointers(self) -> Tensor:
+        """int32 ``[S]``: where in the ring the next transition goes."""
+        return self._buffers["history_count"] % HISTORY_LENGTH
+
+    @property
+    def performance_metrics(self) -> Tensor:
+        """float32 ``[S, 4]``: loss, accuracy, stability, efficiency."""
+        return self._buffers["performance_metrics"]
+
+    lifecycle_states = row_view(StateVar.LIFECYCLE_STATE, "int32 ``[S]``, a view.")
+    blueprint_ids = row_view(StateVar.BLUEPRINT_ID, "int32 ``[S]``, a view; -1: none.")
+    grafting_strategies = row_view(StateVar.GRAFTING_STRATEGY, "int32 ``[S]``, a view.")
+
+    # ---- reading ---------------------------------------------------------------------------------
+
+    def get_state(self, seed_ids: SeedIds = None) -> Tensor:
+        """Lifecycle states, int32, one for each of ``seed_ids``; a scalar tensor for a single id."""
+        if _is_single(seed_ids):
+            return self.lifecycle_states[checked_seed_id(seed_ids, self.num_seeds)]
+        return self.lifecycle_states[self.ids(seed_ids)]
+
+    def get_seeds_in_state(self, state: ExtendedLifecycle | int | str) -> Tensor:
+        """int64: the seeds in ``state``, in order."""
+        return (self.lifecycle_states == ExtendedLifecycle.parse(state)).nonzero().flatten()
+
+    def get_active_seeds_mask(self) -> Tensor:
+        """bool ``[S]``: TRAINING, GRAFTING or FINE_TUNING."""
+        states = self.lifecycle_states
+        training, grafting, fine_tuning = (states == state for state in ACTIVE_STATES)
+        return training | grafting | fine_tuning
+
+    def get_state_summary(self) -> dict[str, int]:
+        """How many seeds are in each of the eleven states, by name."""
+        states = self.lifecycle_states
+        every = torch.arange(len(ExtendedLifecycle), dtype=states.dtype, device=states.device)
+        counts = torch.stack([(states == state).sum() for state in every]).tolist()
+        return {state.name: count for state, count in zip(ExtendedLifecycle, counts, strict=True)}
+
+    def get_transition_history(self, seed_id: int) -> list[tuple[int, int]]:
+        """(from, to) of the last ten transitions at most, newest first, as :class:`ExtendedLifecycle`."""
+        seed = checked_seed_id(seed_id, self.num_seeds)
+        count = int(self.history_count[seed])
+        ring = self.transition_history[seed].tolist()
+        newest_first = (ring[(count - 1 - k) % HISTORY_LENGTH] for k in range(min(count, HISTORY_LENGTH)))
+        return [(_named(source), _named(target)) for source, target in newest_first]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Copies on the CPU of everything, for :meth:`from_dict`; safe for ``torch.save`` with ``weights_only``."""
+        return {
+            "num_seeds": self.num_seeds,
+            "state_tensor": self.state_tensor.detach().to("cpu", copy=True).contiguous(),
+            "transition_history": self.transition_history.detach().to("cpu", copy=True),
+            "history_count": self.history_count.detach().to("cpu", copy=True),
+            "performance_metrics": self.performance_metrics.detach().to("cpu", copy=True),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], device: torch.device | str | None = None) -> ExtendedStateTensor:
+        """What :meth:`to_dict` gave, as a state of its own; ValueError for an entry that is missing or does not fit."""
+        missing = {
+            "num_seeds",
+            "state_tensor",
+            "transition_history",
+            "history_count",
+            "performance_metrics",
+        }
+        missing -= data.keys()
+        if missing:
+            raise ValueError(f"the dict has no {', '.join(sorted(missing))}")
+        fresh = cls(data["num_seeds"], device)
+        targets = {
+            "state_tensor": fresh.state_tensor,
+            "transition_history": fresh.transition_history,
+            "history_count": fresh.history_count,
+            "performance_metrics": fresh.performance_metrics,
+        }
+        for name, target in targets.items():
+            values = torch.as_tensor(data[name])
+            if values.shape != target.shape:
+                raise ValueError(f"{name} must have shape {list(target.shape)}, got {list(values.shape)}")
+            if values.is_floating_point() and not target.is_floating_point():
+                raise ValueError(f"{name} must be integers, got {values.dtype}")
+            target.copy_(values)
+        return fresh
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    def set_state(self, seed_ids: SeedIds, states: ExtendedLifecycle | int | str | Iterable | Tensor) -> None:
+        """Put seeds in lifecycle states, one for all or one for each; recorded as transitions, legal or not."""
+        self.update_state(seed_ids, {"lifecycle": states})
+
+    def update_state(self, seed_ids: SeedIds, updates: Mapping[str, Any]) -> None:
+        """Write variables of seeds, each one value for all or one for each seed.
+
+        Keys: lifecycle, blueprint, epochs, strategy (or grafting_strategy), parent, checkpoint,
+        evaluation_score, error_count, also with ``_state``, ``_id`` or ``_in_state`` as in
+        :class:`StateVar`. Where the lifecycle changes, PARENT_STATE is written, the epochs start at
+        0 (unless given) and the transition is recorded. Everything is checked before anything is
+        written; of a seed named twice the last counts.
+        """
+        self.write(*self.checked(seed_ids, updates))
+
+    def checked(self, seed_ids: SeedIds, updates: Mapping[str, Any]) -> tuple[Tensor, dict[StateVar, Tensor]]:
+        """What :meth:`update_state` is given, as distinct ids and one value for each; errors as
+        there. Writes nothing.
+        """
+        unknown = [name for name in updates if name not in _NAMES]
+        if unknown:
+            raise ValueError(f"unknown state variable {unknown[0]!r}; known are {', '.join(_NAMES)}")
+        ids = self.ids(seed_ids)
+        values = {_NAMES[name]: self._values(_NAMES[name], value, ids) for name, value in updates.items()}
+        if len(values) < len(updates):
+            raise ValueError(f"a state variable is named twice: {', '.join(updates)}")
+        kept = _last_of_each(ids, self.num_seeds)
+        if kept is None:
+            return ids, values
+        return ids[kept], {variable: value[kept] for variable, value in values.items()}
+
+    def write(self, ids: Tensor, values: Mapping[StateVar, Tensor]) -> None:
+        """Write what :meth:`checked` gave. A lifecycle that stays as it is makes no transition."""
+        state = self._buffers["state"]
+        with torch.no_grad():
+            target = values.get(StateVar.LIFECYCLE_STATE)
+            if target is not None:
+                source = state[StateVar.LIFECYCLE_STATE, ids]
+                changed = source != target
+                moved, source, arrived = ids[changed], source[changed], target[changed]
+                state[StateVar.PARENT_STATE, moved] = source
+                state[StateVar.EPOCHS_IN_STATE, moved] = 0
+                self._record(moved, source, arrived)
+            for variable, value in values.items():
+                state[variable, ids] = value
+
+    def increment_epochs(self, seed_ids: SeedIds = None) -> None:
+        """One epoch more in its state, for these seeds or for all."""
+        self._add(StateVar.EPOCHS_IN_STATE, seed_ids)
+
+    def update_blueprint(self, seed_ids: SeedIds, blueprint_ids: Any, grafting_strategies: Any | None = None) -> None:
+        """Which blueprint, and with which strategy where given, these seeds use."""
+        updates = {"blueprint": blueprint_ids}
+        if grafting_strategies is not None:
+            updates["strategy"] = grafting_strategies
+        self.update_state(seed_ids, updates)
+
+    def update_performance(self, seed_ids: SeedIds, metrics: Mapping[str, Any] | Tensor) -> None:
+        """Metrics by name (loss, accuracy, stability, efficiency), or all four as a tensor ``[..., 4]``."""
+        ids, table = self.ids(seed_ids), self.performance_metrics
+        if not isinstance(metrics, Mapping):
+            table[ids] = torch.as_tensor(metrics, dtype=table.dtype).to(table.device)
+            return
+        known = {column.name.lower(): column for column in PerformanceColumn}
+        for name in metrics:
+            if name not in known:
+                raise ValueError(f"unknown metric {name!r}; known are {', '.join(known)}")
+        for name, value in metrics.items():
+            table[ids, known[name]] = torch.as_tensor(value, dtype=table.dtype).to(table.device)
+
+    def increment_error_count(self, seed_ids: SeedIds) -> None:
+        """One error more for each of these seeds."""
+        self._add(StateVar.ERROR_COUNT, seed_ids)
+
+    def reset_error_count(self, seed_ids: SeedIds) -> None:
+        """No errors any more."""
+        self.update_state(seed_ids, {"error_count": 0})
+
+    def set_checkpoint(self, seed_ids: SeedIds, checkpoint_ids: Any) -> None:
+        """The number of the checkpoint that these seeds would go back to; -1: none."""
+        self.update_state(seed_ids, {"checkpoint": checkpoint_ids})
+
+    # ---- what the methods share ------------------------------------------------------------------
+
+    def ids(self, seed_ids: SeedIds) -> Tensor:
+        """int64 ids on the state's device, flat; ValueError for one out of range."""
+        if seed_ids is None or isinstance(seed_ids, slice):
+            every = torch.arange(self.num_seeds, device=self.device)
+            return every if seed_ids is None else every[seed_ids]
+        if _is_single(seed_ids):
+            return torch.tensor([checked_seed_id(seed_ids, self.num_seeds)], device=self.device)
+        ids = _integers(seed_ids, "seed_ids").to(self.device)
+        if ids.dtype == torch.bool:
+            if ids.shape != (self.num_seeds,):
+                raise ValueError(f"a mask of seeds must have shape [{self.num_seeds}], got {list(ids.shape)}")
+            return ids.nonzero().flatten()
+        ids = ids.flatten().long()
+        wrong = (ids < 0) | (ids >= self.num_seeds)
+        if wrong.any():
+            raise ValueError(f"seed_ids must be in [0, {self.num_seeds}), got {int(ids[wrong][0])}")
+        return ids
+
+    def _values(self, variable: StateVar, value: Any, ids: Tensor) -> Tensor:
+        """int32 values, one for each of ``ids``; ValueError for one out of range or another number of them."""
+        parse = _PARSERS.get(variable)
+        if parse is not None and (isinstance(value, (str, int)) or _is_single(value)):
+            value = parse(value)
+        elif parse is not None and not isinstance(value, Tensor):
+            value = [parse(one) for one in value]
+        values = _integers(value, variable.name)
+        if values.dtype == torch.bool:
+            raise TypeError(f"{variable.name} must be integers, got bool")
+        values = values.long()  # a comparison in a narrower type would wrap
+        low, high = _RANGES[variable]
+        if variable is StateVar.BLUEPRINT_ID and self._num_blueprints is not None:
+            high = self._num_blueprints - 1
+        wrong = (values < low) | (values > high)
+        if wrong.any():
+            raise ValueError(f"{variable.name} must be in [{low}, {high}], got {int(values[wrong][0])}")
+        values = values.to(torch.int32).to(self.device)
+        if values.dim() == 0:
+            return values.expand(ids.numel())
+        values = values.flatten()
+        if values.numel() != ids.numel():
+            raise ValueError(f"{values.numel()} values of {variable.name} for {ids.numel()} seeds")
+        return values
+
+    def _record(self, ids: Tensor, source: Tensor, target: Tensor) -> None:
+        history, count = self._buffers["history"], self._buffers["history_count"]
+        history[ids, (count[ids] % HISTORY_LENGTH).long()] = torch.stack((source, target), 1)
+        count[ids] += 1
+
+    def _add(self, variable: StateVar, seed_ids: SeedIds) -> None:
+        row = self._buffers["state"][variable]
+        with torch.no_grad():
+            if seed_ids is None:
+                row += 1
+            else:
+                ids = self.ids(seed_ids)
+                row.index_put_((ids,), torch.ones_like(ids, dtype=row.dtype), accumulate=True)
+
+
+def _is_single(seed_ids: object) -> bool:
+    """An int, or what stands for one: a NumPy integer, a scalar tensor."""
+    if isinstance(seed_ids, Tensor):
+        return seed_ids.dim() == 0
+    return hasattr(seed_ids, "__index__") and not hasattr(seed_ids, "__len__")
+
+
+def _integers(values: Any, what: str) -> Tensor:
+    """As a tensor of integers or bools; TypeError for anything else."""
+    if isinstance(values, Iterable) and not isinstance(values, Tensor) and not hasattr(values, "__array__"):
+        values = list(values)
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if "verflow" in str(error) else TypeError  # torch's own type for it varies
+        raise kind(f"{what} must be integers: {error}") from None
+    if tensor.numel() == 0 and not isinstance(values, Tensor):
+        return tensor.long()  # an empty list is float32 to torch
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{what} must be integers, got {str(tensor.dtype).removeprefix('torch.')}")
+    return tensor
+
+
+def _last_of_each(ids: Tensor, num_seeds: int) -> Tensor | None:
+    """Positions of the last occurrence of each id; None where all are distinct."""
+    order = torch.arange(ids.numel(), device=ids.device)
+    last = order.new_full((num_seeds,), -1).scatter_reduce_(0, ids, order, "amax")
+    kept = last[ids] == order
+    return None if kept.all() else kept
+
+
+def _named(state: int) -> int:
+    """As a member, or the bare number where somebody wrote what is no state."""
+    return ExtendedLifecycle(state) if 0 <= state < len(ExtendedLifecycle) else state
