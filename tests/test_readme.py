@@ -1,0 +1,40 @@
+"""What the README shows is true: its code runs, and what it points to exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_code_runs_and_wrapping_changes_no_bit(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    before, after, growth = blocks
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(before, names)
+    x = torch.rand(5, 64)
+    plain = names["model"](x)
+    exec(after, names)
+    assert torch.equal(names["model"](x), plain)
+    exec(growth, names)
+    assert not torch.equal(names["model"](x), plain)
+    assert "tensor" in capsys.readouterr().out
+
+
+def test_the_files_that_it_names_exist():
+    names = re.findall(r"`((?:csrc|scripts|tests|kasmina_ext|docs|benchmarks)/[\w./]+)`", README)
+    names += re.findall(r"\]\((docs/[^)]+)\)", README)
+    assert len(names) > 10
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_make_targets_that_it_names_exist():
+    targets = {word for line in re.findall(r"`?make ((?:[\w-]+ ?)+)", README) for word in line.split()}
+    makefile = (ROOT / "Makefile").read_text()
+    known = set(re.findall(r"^([\w-]+):.*##", makefile, re.MULTILINE))
+    assert {"demo", "test"} <= targets & known
