@@ -57,7 +57,7 @@ def feature_owner(seed_offsets: Tensor, features: int) -> tuple[Tensor, Tensor]:
     seeds = seed_offsets.size(0) - 1
     index = torch.arange(features, device=seed_offsets.device)
     # Over all offsets, not a slice: torch 2.11's compiler reads a slice of boundaries from its storage's start.
-    owner = torch.searchsorted(seed_offsets, index, right=True) - 1
+    owner = torch.searchsorted(seed_offsets.contiguous(), index, right=True) - 1
     owned = (owner >= 0) & (owner < seeds)
     return torch.where(owned, owner, 0), owned
 
