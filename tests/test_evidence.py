@@ -10,34 +10,47 @@ import pytest
 
 REPORTS = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ write of size 4 bytes
-=========     at kasmina_blend(float *)+0x160
+=========     at void (anonymous namespace)::blend_kernel<2>(float *)+0x160
 =========     by thread (0,0,0) in block (0,0,0)
 =========     Access at 0x7f0 is out of bounds
 =========     Saved host backtrace up to driver entry point at kernel launch time
-=========         Host Frame: kasmina_chunked_forward_cuda [0x1234] in _C.abi3.so
+=========         Host Frame: [0x1234] in libcudart.so
 =========
 ========= Uninitialized __global__ memory read of size 4 bytes
 =========     at void at::native::elementwise_kernel<128, 4>(int)+0x10
 =========     by thread (1,0,0) in block (0,0,0)
 =========
-========= ERROR SUMMARY: 2 errors
+========= Program hit cudaErrorInvalidValue (error 1) due to "invalid argument" on CUDA API call to cudaLaunchKernel.
+=========     Saved host backtrace up to driver entry point at error
+=========         Host Frame: [0x1234] in _C.abi3.so
+=========
+========= ERROR SUMMARY: 3 errors
 """
 
 
 def test_sanitizer_errors_are_told_apart():
-    assert gpu_check.count_errors(REPORTS) == (1, 1)
+    assert gpu_check.count_errors(REPORTS, ["blend_kernel"]) == (2, 1)
 
 
 def test_clean_sanitizer_log():
-    assert gpu_check.count_errors("========= COMPUTE-SANITIZER\n3 passed\n========= ERROR SUMMARY: 0 errors\n") == (
+    assert gpu_check.count_errors("========= COMPUTE-SANITIZER\n3 passed\n========= ERROR SUMMARY: 0 errors\n", []) == (
         0,
         0,
     )
-    assert gpu_check.count_errors("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n") == (0, 0)
+    assert gpu_check.count_errors("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", []) == (
+        0,
+        0,
+    )
+
+
+def test_every_kernel_is_checked():
+    names = gpu_check.kernel_names()
+    sources = [path.read_text() for path in (evidence.ROOT / "csrc/cuda").iterdir()]
+    assert len(names) - 1 == sum(text.count("__global__ ") for text in sources) > 0
 
 
 def test_errors_that_cannot_be_read_count_as_ours():
-    assert gpu_check.count_errors("========= ERROR SUMMARY: 3 errors\n") == (3, 0)
+    assert gpu_check.count_errors("========= ERROR SUMMARY: 3 errors\n", []) == (3, 0)
 
 
 @pytest.fixture

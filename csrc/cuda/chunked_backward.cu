@@ -14,7 +14,8 @@
 #include "cuda/seeds.cuh"
 #include "cuda/tiling.cuh"
 
-namespace {
+namespace
+{
 
 using namespace kasmina;
 
@@ -101,8 +102,7 @@ template <kasmina_dtype D, bool RAGGED> struct gradient_sums {
     __device__ __forceinline__ void start(const tiling &t, const tables &to)
     {
 #pragma unroll
-        for (int j = 0; j < VEC; ++j)
-            to.sums.s1[way::slot(t, j)] = to.sums.s2[way::slot(t, j)] = 0.0;
+        for (int j = 0; j < VEC; ++j) to.sums.s1[way::slot(t, j)] = to.sums.s2[way::slot(t, j)] = 0.0;
         clear();
     }
     __device__ __forceinline__ void clear()
@@ -121,8 +121,7 @@ template <kasmina_dtype D, bool RAGGED> struct gradient_sums {
         }
     }
     /* Move the group into the tables; `ahead` rows of the thread follow it. */
-    __device__ __forceinline__ void put_away(const tiling &t, const bits *grad_y, const bits *x,
-                                             int ahead)
+    __device__ __forceinline__ void put_away(const tiling &t, const bits *grad_y, const bits *x, int ahead)
     {
         const tables to(t, VEC, true);
         unsigned again = 0; /* columns that float32 could not hold */
@@ -152,8 +151,7 @@ template <kasmina_dtype D, bool RAGGED> struct gradient_sums {
 };
 
 template <kasmina_dtype D, bool RAGGED, bool SUMS>
-__global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
-    backward_kernel(const __grid_constant__ backward_params p)
+__global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM) backward_kernel(const __grid_constant__ backward_params p)
 {
     using T = typename element<D>::wide;
     using bits = typename element<D>::bits;
@@ -181,8 +179,7 @@ __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
             tables.blend.fill(p.table, c, seed, feature);
         }
         /* Runs of one feature, numbered within the tile. */
-        if (tables.sums.owner)
-            tables.sums.owner[c] = exists ? (int32_t)(feature - t.feature_of(here.origin)) : UNOWNED;
+        if (tables.sums.owner) tables.sums.owner[c] = exists ? (int32_t)(feature - t.feature_of(here.origin)) : UNOWNED;
     }
     __syncthreads();
 
@@ -251,19 +248,16 @@ __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 /* ---- The pass over the features ---- */
 
 /* A weight, or pair of weights, as the forward used it: rounded to the accumulation type. */
-__device__ __forceinline__ weight_pair<double> rounded_weights(const seed_table &table,
-                                                               const seed_blend &blend, int64_t feature,
-                                                               bool wide)
+__device__ __forceinline__ weight_pair<double> rounded_weights(const seed_table &table, const seed_blend &blend,
+                                                               int64_t feature, bool wide)
 {
     if (wide) return weights_of<double>(table, blend, feature);
     const weight_pair<float> w = weights_of<float>(table, blend, feature);
     return {(double)w.w, (double)w.next};
 }
 
-__device__ __forceinline__ kasmina_feature_gradients gradients_of(const seed_table &table,
-                                                                  const seed_blend &blend,
-                                                                  int64_t feature, bool wide,
-                                                                  double2 total)
+__device__ __forceinline__ kasmina_feature_gradients gradients_of(const seed_table &table, const seed_blend &blend,
+                                                                  int64_t feature, bool wide, double2 total)
 {
     const weight_pair<double> w = rounded_weights(table, blend, feature, wide);
     return kasmina_gradients(blend.strategy, (double)blend.alpha, w.w, w.next, total.x, total.y);
@@ -312,8 +306,7 @@ __global__ void __launch_bounds__(BLOCK) feature_kernel(const __grid_constant__ 
     if (!p.grad_weights) return;
 
     kasmina_feature_gradients gradients = {0.0, 0.0, 0.0};
-    if (blend.grafted && blend.trains)
-        gradients = gradients_of(table, blend, feature, p.wide, total);
+    if (blend.grafted && blend.trains) gradients = gradients_of(table, blend, feature, p.wide, total);
     const kasmina_seeds &seeds = table.seeds;
     for (int64_t row = share; row < seeds.num_blueprints; row += FEATURE_SHARES) {
         const bool here = blend.grafted && row == blend.blueprint;
@@ -344,8 +337,7 @@ struct seed_job {
     {
         const int64_t feature = s.first_feature + i;
         const double2 total = p.totals[feature];
-        if (s.blend.grafted)
-            sum.a += gradients_of(p.table, s.blend, feature, p.wide, total).alpha;
+        if (s.blend.grafted) sum.a += gradients_of(p.table, s.blend, feature, p.wide, total).alpha;
         sum.b = fused(total.x, total.x, sum.b);
         sum.c = fused(total.y, total.y, sum.c);
     }
@@ -386,17 +378,16 @@ size_t place_sums(const tiling &t, void *workspace, feature_sums *sums)
     return partials + padded(t.features * (int64_t)sizeof(double2));
 }
 
-template <kasmina_dtype D>
-cudaError_t launch_backward(const backward_params &params, bool sums, void *stream)
+template <kasmina_dtype D> cudaError_t launch_backward(const backward_params &params, bool sums, void *stream)
 {
     constexpr int vec = VECTOR_BYTES / element_size(D);
     const tiling &t = params.tiles;
     const bool aligned = is_aligned(t, params.grad_y, vec) && is_aligned(t, params.grad_x, vec) &&
                          (!sums || is_aligned(t, params.x, vec));
     const size_t shared = backward_shared_bytes(t, vec, sizeof(typename element<D>::wide), sums);
-    void (*kernel)(backward_params) =
-        aligned ? (sums ? backward_kernel<D, false, true> : backward_kernel<D, false, false>)
-                : (sums ? backward_kernel<D, true, true> : backward_kernel<D, true, false>);
+    void (*kernel)(backward_params) = aligned
+                                          ? (sums ? backward_kernel<D, false, true> : backward_kernel<D, false, false>)
+                                          : (sums ? backward_kernel<D, true, true> : backward_kernel<D, true, false>);
     return launch(kernel, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream, false);
 }
 
@@ -435,8 +426,7 @@ int kasmina_chunked_backward_cuda(const kasmina_backward_args *args, void *strea
     if (error != cudaSuccess) return error;
 
     backward_params params = {};
-    if (!make_tiling(&params.tiles, args->layout, args->dtype, device.multiprocessors) ||
-        seeds > INT32_MAX)
+    if (!make_tiling(&params.tiles, args->layout, args->dtype, device.multiprocessors) || seeds > INT32_MAX)
         return cudaErrorInvalidConfiguration;
     const seed_table table = make_seed_table(args->seeds, features);
     feature_sums parts = {};
@@ -449,15 +439,11 @@ int kasmina_chunked_backward_cuda(const kasmina_backward_args *args, void *strea
     error = launch_backward(args->dtype, params, sums, stream);
     if (error != cudaSuccess || !sums) return error;
 
-    const feature_params per_feature = {params.tiles,       table, parts,
-                                        args->grad_weights, wide,  wants_seeds(args)};
-    error = launch(feature_kernel, per_feature, ceil_div(features, WARP), BLOCK, 0, stream,
-                   device.dependent_launch);
+    const feature_params per_feature = {params.tiles, table, parts, args->grad_weights, wide, wants_seeds(args)};
+    error = launch(feature_kernel, per_feature, ceil_div(features, WARP), BLOCK, 0, stream, device.dependent_launch);
     if (error != cudaSuccess || !wants_seeds(args)) return error;
 
     const int lanes = lanes_for(1 + features / seeds);
-    const seed_params per_seed = {table, parts.totals, args->grad_alpha, args->grad_telemetry,
-                                  wide,  lanes};
-    return launch(seed_kernel, per_seed, ceil_div(seeds, BLOCK / lanes), BLOCK, 0, stream,
-                  device.dependent_launch);
+    const seed_params per_seed = {table, parts.totals, args->grad_alpha, args->grad_telemetry, wide, lanes};
+    return launch(seed_kernel, per_seed, ceil_div(seeds, BLOCK / lanes), BLOCK, 0, stream, device.dependent_launch);
 }

@@ -17,7 +17,8 @@
 #include "cuda/seeds.cuh"
 #include "cuda/tiling.cuh"
 
-namespace {
+namespace
+{
 
 using namespace kasmina;
 
@@ -27,8 +28,8 @@ constexpr float LEAST_SQUARES = 0x1p-120f;
 /* From here on a float32 has no neighbour so near that the square of their difference is 0. */
 constexpr float LEAST_CERTAIN = 0x1p-48f;
 
-/* Beyond, a float64 shift could overflow the sums of ordinary numbers; 0 is as good there. */
-constexpr double LARGEST_SHIFT = 1e290;
+/* Beyond, 1e8 ordinary numbers about a float64 shift sum to infinity; about 0 they do not. */
+constexpr double LARGEST_SHIFT = 1e300;
 
 /* What the first launch leaves for the second. */
 struct partials {
@@ -132,8 +133,10 @@ template <kasmina_dtype D, bool RAGGED> struct group_sums {
     /* The group begins with this row. */
     __device__ __forceinline__ void begin(const vector_bits &raw, int valid)
     {
-        if (RAGGED) replace_elements<VEC>(~0u << valid, raw, k);
-        else copy_vector(raw, k);
+        if (RAGGED)
+            replace_elements<VEC>(~0u << valid, raw, k);
+        else
+            copy_vector(raw, k);
         if constexpr (VEC > 2) quiet = ~nonzero_elements<VEC>(k);
     }
     /* After a batch of rows: which columns are still quiet. One wrongly not so costs time only. */
@@ -192,13 +195,12 @@ template <kasmina_dtype D, bool RAGGED> struct group_sums {
                 again |= 1u << j;
             }
         }
-        for (; again; again &= again - 1)
-            walk_again(t, tables, x, __ffs((int)again) - 1, ahead);
+        for (; again; again &= again - 1) walk_again(t, tables, x, __ffs((int)again) - 1, ahead);
         clear();
     }
     /* The j-th column's share of the group in float64, without what is not finite. */
-    __device__ __forceinline__ void walk_again(const tiling &t, const forward_tables<T> &tables,
-                                               const bits *x, int j, int ahead) const
+    __device__ __forceinline__ void walk_again(const tiling &t, const forward_tables<T> &tables, const bits *x, int j,
+                                               int ahead) const
     {
         const int c = way::column(t, j);
         const double shift = (double)tables.shift[c];
@@ -206,8 +208,10 @@ template <kasmina_dtype D, bool RAGGED> struct group_sums {
         uint32_t nonfinite = 0;
         way::revisit(t, *tables.place, j, ahead, rows, [&](int64_t index) {
             const double number = (double)element<D>::value(__ldg(x + index)), d = number - shift;
-            if (is_finite(number)) sum += d, squares = fused(d, d, squares);
-            else ++nonfinite;
+            if (is_finite(number))
+                sum += d, squares = fused(d, d, squares);
+            else
+                ++nonfinite;
         });
         tables.sums.s1[way::slot(t, j)] += sum;
         tables.sums.s2[way::slot(t, j)] += squares;
@@ -217,8 +221,7 @@ template <kasmina_dtype D, bool RAGGED> struct group_sums {
 };
 
 template <kasmina_dtype D, bool RAGGED, bool COLLECT>
-__global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
-    forward_kernel(const __grid_constant__ forward_params p)
+__global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM) forward_kernel(const __grid_constant__ forward_params p)
 {
     using T = typename element<D>::wide;
     using bits = typename element<D>::bits;
@@ -242,14 +245,11 @@ __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
         const bool exists = c < here.extent;
         const int64_t feature = exists ? t.feature_of(column) : 0;
         const int32_t seed = exists ? find_seed(p.table, feature) : UNOWNED;
+        bits first = 0; /* the seed's first element, loaded while the blend is looked up */
+        if (COLLECT && seed != UNOWNED) first = __ldg((const bits *)p.x + range_of(p.table, seed).first * t.inner);
         if (p.y) tables.blend.fill(p.table, c, seed, feature);
         if constexpr (COLLECT) {
-            T first = (T)0;
-            if (seed != UNOWNED) {
-                const int64_t index = range_of(p.table, seed).first * t.inner;
-                first = element<D>::value(__ldg((const bits *)p.x + index));
-            }
-            tables.shift[c] = (T)shift_from((double)first);
+            tables.shift[c] = (T)shift_from((double)element<D>::value(first));
             tables.sums.owner[c] = seed;
             tables.sums.count[c] = 0;
             if (here.split == 0 && exists && column == feature * t.inner) p.out.owner[feature] = seed;
@@ -309,13 +309,12 @@ __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM)
 
     if constexpr (COLLECT) {
         const forward_tables<T> tables(t, VEC, true);
-        reduce_tile<VEC, RAGGED>(
-            t, tables.sums, [&](int c, int32_t, double s1, double s2, uint32_t nonfinite) {
-                const int64_t slot = tables.place->tile + t.feature_of(tables.place->origin + c);
-                const int64_t index = slot * t.splits + tables.place->split;
-                p.out.sums[index] = make_double2(s1, s2);
-                p.out.nonfinite[index] = nonfinite;
-            });
+        reduce_tile<VEC, RAGGED>(t, tables.sums, [&](int c, int32_t, double s1, double s2, uint32_t nonfinite) {
+            const int64_t slot = tables.place->tile + t.feature_of(tables.place->origin + c);
+            const int64_t index = slot * t.splits + tables.place->split;
+            p.out.sums[index] = make_double2(s1, s2);
+            p.out.nonfinite[index] = nonfinite;
+        });
     }
 }
 
@@ -354,13 +353,14 @@ struct merge_job {
         const int64_t ahead = (int64_t)((uint32_t)i / t.splits), tile = s.first_tile + ahead;
         const int64_t begin = tile * t.tile_columns;
         const int64_t feature = t.feature_of(begin > s.first_column ? begin : s.first_column);
-        /* Only where offsets decrease: the run belongs to another seed, or was never written. */
-        if (p.in.owner[feature] != s.index) return;
         const int64_t split = (uint32_t)i % t.splits, at = (tile + feature) * t.splits + split;
         const double2 part = p.in.sums[at];
+        const uint32_t nonfinite = p.in.nonfinite[at];
+        /* Only where offsets decrease: the run belongs to another seed, or was never written. */
+        if (p.in.owner[feature] != s.index) return;
         sum.a += part.x;
         sum.b += part.y;
-        sum.c += p.in.nonfinite[at];
+        sum.c += nonfinite;
     }
     __device__ __forceinline__ void close(seed &s, const sum3 &sum) const
     {
@@ -403,16 +403,15 @@ size_t place_partials(const tiling &t, void *workspace, partials *parts)
     return sums + nonfinite + padded(t.features * (int64_t)sizeof(int32_t));
 }
 
-template <kasmina_dtype D>
-cudaError_t launch_forward(const forward_params &params, bool collect, void *stream)
+template <kasmina_dtype D> cudaError_t launch_forward(const forward_params &params, bool collect, void *stream)
 {
     constexpr int vec = VECTOR_BYTES / element_size(D);
     const tiling &t = params.tiles;
     const bool aligned = is_aligned(t, params.x, vec) && is_aligned(t, params.y, vec);
     const size_t shared = forward_shared_bytes(t, vec, sizeof(typename element<D>::wide), collect);
-    void (*kernel)(forward_params) =
-        aligned ? (collect ? forward_kernel<D, false, true> : forward_kernel<D, false, false>)
-                : (collect ? forward_kernel<D, true, true> : forward_kernel<D, true, false>);
+    void (*kernel)(forward_params) = aligned
+                                         ? (collect ? forward_kernel<D, false, true> : forward_kernel<D, false, false>)
+                                         : (collect ? forward_kernel<D, true, true> : forward_kernel<D, true, false>);
     return launch(kernel, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream, false);
 }
 
@@ -427,8 +426,7 @@ cudaError_t launch_forward(kasmina_dtype dtype, const forward_params &params, bo
     return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_merge(const kasmina_forward_args *args, const forward_params &forward, bool dependent,
-                         void *stream)
+cudaError_t launch_merge(const kasmina_forward_args *args, const forward_params &forward, bool dependent, void *stream)
 {
     const tiling &t = forward.tiles;
     const int64_t seeds = args->seeds.chunks.count;
@@ -436,8 +434,7 @@ cudaError_t launch_merge(const kasmina_forward_args *args, const forward_params 
     params.numbers_per_feature = (double)args->layout.outer * (double)args->layout.inner;
     /* Tiles that a seed of the average size meets, each with its splits. */
     params.lanes = lanes_for((1 + t.columns / seeds / t.tile_columns) * t.splits);
-    return launch(merge_kernel, params, ceil_div(seeds, BLOCK / params.lanes), BLOCK, 0, stream,
-                  dependent);
+    return launch(merge_kernel, params, ceil_div(seeds, BLOCK / params.lanes), BLOCK, 0, stream, dependent);
 }
 
 } /* namespace */

@@ -2,7 +2,8 @@
 #include "kernels.h"
 #include "cuda/launch.cuh"
 
-namespace {
+namespace
+{
 
 /* Devices whose answer is kept; there is no machine with more. A larger index is asked anew. */
 constexpr int KEPT_DEVICES = 64;
@@ -13,7 +14,9 @@ enum image { UNKNOWN, NO_IMAGE, PLAIN_IMAGE, DEPENDENT_IMAGE };
 int kept_images[KEPT_DEVICES];
 
 /* Every kernel is compiled for the same targets, so one without contents answers for all. */
-__global__ void probe() {}
+__global__ void probe()
+{
+}
 
 /* The image that the current device, `index`, would run. UNKNOWN where CUDA itself fails. */
 image image_for(int index)
@@ -62,7 +65,7 @@ const char *kasmina_cuda_error_string(int code)
 
 int kasmina_cuda_driver_check(const char **why)
 {
-#define KASMINA_QUOTE(x)  #x
+#define KASMINA_QUOTE(x) #x
 #define KASMINA_STRING(x) KASMINA_QUOTE(x)
     int driver = 0;
     const cudaError_t error = cudaDriverGetVersion(&driver);

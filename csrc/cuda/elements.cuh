@@ -11,7 +11,8 @@
 #include "kernels.h"
 #include "cuda/ptx.cuh"
 
-namespace kasmina {
+namespace kasmina
+{
 
 constexpr int VECTOR_BYTES = 16; /* the widest load there is */
 constexpr int VECTOR_WORDS = VECTOR_BYTES / 4;
@@ -122,15 +123,15 @@ __device__ __forceinline__ void copy_vector(const vector_bits &from, vector_bits
 
 /* Of a vector's elements, those without a bit in `chosen` become those of `other`, bit for bit. */
 template <int VEC>
-__device__ __forceinline__ void replace_elements(unsigned chosen, const vector_bits &other,
-                                                 vector_bits &vector)
+__device__ __forceinline__ void replace_elements(unsigned chosen, const vector_bits &other, vector_bits &vector)
 {
 #pragma unroll
     for (int i = 0; i < VECTOR_WORDS; ++i) {
         uint32_t mask;
         if constexpr (VEC == 8)
             mask = (chosen >> 2 * i & 1u) * 0xffffu + (chosen >> (2 * i + 1) & 1u) * 0xffff0000u;
-        else mask = 0u - (chosen >> i * VEC / VECTOR_WORDS & 1u);
+        else
+            mask = 0u - (chosen >> i * VEC / VECTOR_WORDS & 1u);
         vector[i] = (vector[i] & mask) | (other[i] & ~mask);
     }
 }
@@ -185,17 +186,19 @@ template <kasmina_dtype D> struct fetched<D, true> {
     {
 #pragma unroll
         for (int i = 0; i < VECTOR_WORDS; ++i) {
-            if constexpr (sizeof(bits) == 2) w[i] = parts[2 * i] | (uint32_t)parts[2 * i + 1] << 16;
-            else if constexpr (sizeof(bits) == 4) w[i] = parts[i];
-            else w[i] = (uint32_t)(parts[i / 2] >> (i % 2 * 32));
+            if constexpr (sizeof(bits) == 2)
+                w[i] = parts[2 * i] | (uint32_t)parts[2 * i + 1] << 16;
+            else if constexpr (sizeof(bits) == 4)
+                w[i] = parts[i];
+            else
+                w[i] = (uint32_t)(parts[i / 2] >> (i % 2 * 32));
         }
     }
 };
 
 /* The arguments are those of fetched::load. */
 template <kasmina_dtype D, bool RAGGED>
-__device__ __forceinline__ void store(typename element<D>::bits *p, const vector_bits &w, int valid,
-                                      int stride)
+__device__ __forceinline__ void store(typename element<D>::bits *p, const vector_bits &w, int valid, int stride)
 {
     using bits = typename element<D>::bits;
     if constexpr (!RAGGED) {
@@ -204,17 +207,19 @@ __device__ __forceinline__ void store(typename element<D>::bits *p, const vector
 #pragma unroll
         for (int j = 0; j < VECTOR_BYTES / (int)sizeof(bits); ++j) {
             if (j >= valid) continue;
-            if constexpr (sizeof(bits) == 2) p[j * stride] = (bits)(w[j / 2] >> (j % 2 * 16));
-            else if constexpr (sizeof(bits) == 4) p[j * stride] = w[j];
-            else p[j * stride] = w[2 * j] | (uint64_t)w[2 * j + 1] << 32;
+            if constexpr (sizeof(bits) == 2)
+                p[j * stride] = (bits)(w[j / 2] >> (j % 2 * 16));
+            else if constexpr (sizeof(bits) == 4)
+                p[j * stride] = w[j];
+            else
+                p[j * stride] = w[2 * j] | (uint64_t)w[2 * j + 1] << 32;
         }
     }
 }
 
 /* ---- One number of a type known at run time ---- */
 
-template <typename T>
-__device__ __forceinline__ T load_number(kasmina_dtype dtype, const void *array, int64_t index)
+template <typename T> __device__ __forceinline__ T load_number(kasmina_dtype dtype, const void *array, int64_t index)
 {
     switch (dtype) {
     case KASMINA_FLOAT32: return (T)((const float *)array)[index];
@@ -233,8 +238,7 @@ __device__ __forceinline__ float round_to_odd(double value)
     return exact ? truncated : __uint_as_float(__float_as_uint(truncated) | 1u);
 }
 
-__device__ __forceinline__ void store_number(kasmina_dtype dtype, void *array, int64_t index,
-                                             double value)
+__device__ __forceinline__ void store_number(kasmina_dtype dtype, void *array, int64_t index, double value)
 {
     switch (dtype) {
     case KASMINA_FLOAT32: ((float *)array)[index] = (float)value; break;

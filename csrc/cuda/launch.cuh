@@ -14,7 +14,8 @@ typedef struct {
 /* 0, or the error of the CUDA call that failed. */
 cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device);
 
-namespace kasmina {
+namespace kasmina
+{
 
 /*
  * Enqueue kernel<<<blocks, threads, shared_bytes>>>(params). `dependent`: it may start before the

@@ -1,14 +1,14 @@
 /*
  * The instructions that CUDA C++ has no words for: loads that bypass L1, conversions of the 16-bit
- * formats (sm_75 lacks some; the toolkit's headers for them cost more to compile than our kernels),
- * and the dependent launch of sm_90.
+ * formats (sm_75 lacks some of them), and the dependent launch of sm_90.
  */
 #ifndef KASMINA_CUDA_PTX_CUH
 #define KASMINA_CUDA_PTX_CUH
 
 #include <stdint.h>
 
-namespace kasmina {
+namespace kasmina
+{
 
 /* Cuts a block's dynamic shared memory into arrays: the widest elements first, for alignment. */
 struct shared_carver {

@@ -8,7 +8,8 @@
 #include "cuda/seeds.cuh"
 #include "cuda/tiling.cuh"
 
-namespace kasmina {
+namespace kasmina
+{
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 constexpr int WARP = 32;
@@ -33,9 +34,7 @@ __device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &su
 {
     const int threads = t.threads(), width = t.width, tid = (int)threadIdx.x;
     const int lane = tid % WARP;
-    const auto slot_of = [&](int c) {
-        return RAGGED ? c : ((c % VEC) << t.lanes_log2) + c / VEC;
-    };
+    const auto slot_of = [&](int c) { return RAGGED ? c : ((c % VEC) << t.lanes_log2) + c / VEC; };
 
     int walkers = t.walkers();
     __syncthreads();
@@ -125,8 +124,7 @@ static inline int lanes_for(int64_t parts)
 }
 
 template <typename Job>
-__device__ __forceinline__ sum3 add_parts(const Job &job, const typename Job::seed &seed, int lane,
-                                          int lanes)
+__device__ __forceinline__ sum3 add_parts(const Job &job, const typename Job::seed &seed, int lane, int lanes)
 {
     sum3 sum = {0.0, 0.0, 0.0};
 #pragma unroll 4
@@ -138,8 +136,7 @@ __device__ __forceinline__ sum3 add_parts(const Job &job, const typename Job::se
  * Job: `open(s)` gives a Job::seed with `parts`, without reading what the kernel before wrote;
  * `add(seed, i, sum)` adds part i; `close(seed, sum)` is called by one thread. Blocks have BLOCK threads.
  */
-template <typename Job>
-__device__ __forceinline__ void for_each_seed(const Job &job, int64_t seeds, int lanes)
+template <typename Job> __device__ __forceinline__ void for_each_seed(const Job &job, int64_t seeds, int lanes)
 {
     __shared__ bool left_over[BLOCK];
     __shared__ sum3 warp_sums[BLOCK / WARP];

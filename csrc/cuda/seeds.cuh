@@ -9,7 +9,8 @@
 #include "seed_math.h"
 #include "cuda/elements.cuh"
 
-namespace kasmina {
+namespace kasmina
+{
 
 /* The seeds, and what guesses an owner without a search: the two chunk maps that the layers make. */
 struct seed_table {
@@ -38,7 +39,9 @@ constexpr int32_t UNOWNED = -1;
 
 __device__ __forceinline__ bool owns(const kasmina_chunks &chunks, int64_t seed, int32_t feature)
 {
-    return __ldg(chunks.offsets + seed) <= feature && feature < __ldg(chunks.offsets + seed + 1);
+    /* Both at once, not one after the other: this is the start of every block. */
+    const int32_t first = __ldg(chunks.offsets + seed), last = __ldg(chunks.offsets + seed + 1);
+    return (int)(first <= feature) & (int)(feature < last);
 }
 
 /* The seed that owns `feature`, else UNOWNED. */
@@ -49,9 +52,8 @@ __device__ __forceinline__ int32_t find_seed(const seed_table &table, int64_t in
     const int32_t feature = (int32_t)index, last = (int32_t)(chunks.count - 1);
 
     const uint32_t f = (uint32_t)feature;
-    const uint32_t balanced = index < table.in_longer
-                                  ? f / table.longer_chunk
-                                  : table.longer + (f - (uint32_t)table.in_longer) / table.chunk;
+    const uint32_t balanced =
+        index < table.in_longer ? f / table.longer_chunk : table.longer + (f - (uint32_t)table.in_longer) / table.chunk;
     const int32_t guess = (int32_t)min(balanced, (uint32_t)last);
     if (owns(chunks, guess, feature)) return guess;
     const int32_t uniform = (int32_t)min(f / table.chunk, (uint32_t)last);
@@ -61,8 +63,10 @@ __device__ __forceinline__ int32_t find_seed(const seed_table &table, int64_t in
     int32_t low = 0, high = last;
     while (low < high) {
         const int32_t middle = low + (high - low + 1) / 2;
-        if (__ldg(chunks.offsets + middle) <= feature) low = middle;
-        else high = middle - 1;
+        if (__ldg(chunks.offsets + middle) <= feature)
+            low = middle;
+        else
+            high = middle - 1;
     }
     return owns(chunks, low, feature) ? low : UNOWNED;
 }
@@ -105,8 +109,7 @@ template <typename T> struct weight_pair {
 };
 
 template <typename T>
-__device__ __forceinline__ weight_pair<T> weights_of(const seed_table &table, const seed_blend &blend,
-                                                     int64_t feature)
+__device__ __forceinline__ weight_pair<T> weights_of(const seed_table &table, const seed_blend &blend, int64_t feature)
 {
     const kasmina_seeds &seeds = table.seeds;
     const int64_t index = blend.blueprint * table.features + feature;
@@ -115,14 +118,12 @@ __device__ __forceinline__ weight_pair<T> weights_of(const seed_table &table, co
             pair ? load_number<T>(seeds.weights_dtype, seeds.weights, index + table.features) : (T)0};
 }
 
-__device__ __forceinline__ void coefficients(const seed_blend &blend, weight_pair<float> w, float *a,
-                                             float *b)
+__device__ __forceinline__ void coefficients(const seed_blend &blend, weight_pair<float> w, float *a, float *b)
 {
     kasmina_coefficients_f32(blend.strategy, blend.alpha, w.w, w.next, a, b);
 }
 
-__device__ __forceinline__ void coefficients(const seed_blend &blend, weight_pair<double> w, double *a,
-                                             double *b)
+__device__ __forceinline__ void coefficients(const seed_blend &blend, weight_pair<double> w, double *a, double *b)
 {
     kasmina_coefficients_f64(blend.strategy, (double)blend.alpha, w.w, w.next, a, b);
 }
@@ -139,8 +140,7 @@ template <typename T> struct coefficient_table {
     {
         const seed_blend blend = blend_of(table.seeds, seed);
         T slope = (T)1, offset = (T)-0.0;
-        if (blend.grafted)
-            coefficients(blend, weights_of<T>(table, blend, feature), &slope, &offset);
+        if (blend.grafted) coefficients(blend, weights_of<T>(table, blend, feature), &slope, &offset);
         a[c] = slope;
         b[c] = offset;
         grafted[c] = blend.grafted;

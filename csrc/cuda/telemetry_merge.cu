@@ -3,14 +3,14 @@
 #include "telemetry_math.h"
 #include "cuda/launch.cuh"
 
-namespace {
+namespace
+{
 
 /* Few registers, no shared memory: any size fills a multiprocessor; small ones spread few seeds wider. */
 constexpr int THREADS = 128;
 
 /* `other` may be the accumulator itself: each thread has read all before it writes. */
-__global__ void __launch_bounds__(THREADS)
-    merge_kernel(const __grid_constant__ kasmina_telemetry_merge_args p)
+__global__ void __launch_bounds__(THREADS) merge_kernel(const __grid_constant__ kasmina_telemetry_merge_args p)
 {
     const int64_t s = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (s >= p.num_seeds) return;

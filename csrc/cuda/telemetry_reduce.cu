@@ -3,20 +3,19 @@
 #include "telemetry_math.h"
 #include "cuda/launch.cuh"
 
-namespace {
+namespace
+{
 
 /* Few registers, no shared memory: any size fills a multiprocessor; small ones spread few seeds wider. */
 constexpr int THREADS = 128;
 
-__global__ void __launch_bounds__(THREADS)
-    reduce_kernel(const __grid_constant__ kasmina_telemetry_reduce_args p)
+__global__ void __launch_bounds__(THREADS) reduce_kernel(const __grid_constant__ kasmina_telemetry_reduce_args p)
 {
     const int64_t s = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (s >= p.num_seeds) return;
     double reduced[KASMINA_REDUCED_COLUMNS];
     kasmina_reduce(p.telemetry + s * KASMINA_TELEMETRY_COLUMNS, reduced);
-    for (int i = 0; i < KASMINA_REDUCED_COLUMNS; ++i)
-        p.out[s * KASMINA_REDUCED_COLUMNS + i] = reduced[i];
+    for (int i = 0; i < KASMINA_REDUCED_COLUMNS; ++i) p.out[s * KASMINA_REDUCED_COLUMNS + i] = reduced[i];
 }
 
 } /* namespace */

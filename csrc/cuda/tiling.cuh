@@ -18,7 +18,8 @@
 #include "kernels.h"
 #include "cuda/elements.cuh"
 
-namespace kasmina {
+namespace kasmina
+{
 
 /* Eight warps hide each other's prologue and epilogue, and share one look-up of the seeds. */
 constexpr int BLOCK = 256;
@@ -113,8 +114,7 @@ static inline bool make_tiling(tiling *t, kasmina_layout layout, kasmina_dtype d
 {
     const int vec = VECTOR_BYTES / element_size(dtype);
     const int64_t full_width = (int64_t)MAX_LANES * vec;
-    const bool planes = layout.inner >= 2 * full_width &&
-                        (layout.inner % vec == 0 || layout.outer < FEW_ROWS);
+    const bool planes = layout.inner >= 2 * full_width && (layout.inner % vec == 0 || layout.outer < FEW_ROWS);
     t->features = layout.features;
     t->inner = layout.inner;
     t->columns = layout.features * layout.inner;
@@ -195,9 +195,12 @@ template <kasmina_dtype D, bool RAGGED> struct walker {
     __device__ __forceinline__ walker(const tiling &t, const block_place &place)
     {
         const int64_t rest = place.extent - (int64_t)(t.chunks - 1) * t.width - column(t, 0);
-        if (rest <= 0) last = 0;
-        else if (!RAGGED) last = VEC;
-        else last = (int)min((int64_t)VEC, (rest + stride(t) - 1) >> t.lanes_log2);
+        if (rest <= 0)
+            last = 0;
+        else if (!RAGGED)
+            last = VEC;
+        else
+            last = (int)min((int64_t)VEC, (rest + stride(t) - 1) >> t.lanes_log2);
         left = last == 0 && t.chunks == 1 ? 0 : count_rows(t, place);
         at = place.locate(t, first_row(t, place), chunk) + column(t, 0);
     }
@@ -249,8 +252,7 @@ template <kasmina_dtype D, bool RAGGED> struct walker {
     }
     /* Load the rows from here on, as many as there are; *this stays where it is. */
     template <int ROWS>
-    __device__ __forceinline__ void fetch(const tiling &t, const void *array,
-                                          fetched<D, RAGGED> (&rows)[ROWS]) const
+    __device__ __forceinline__ void fetch(const tiling &t, const void *array, fetched<D, RAGGED> (&rows)[ROWS]) const
     {
         walker ahead = *this;
 #pragma unroll
@@ -264,8 +266,8 @@ template <kasmina_dtype D, bool RAGGED> struct walker {
      * one: body(index of the element). For the rare cases that fast sums cannot handle.
      */
     template <typename Body>
-    static __device__ __forceinline__ void revisit(const tiling &t, const block_place &place, int j,
-                                                   int ahead, int rows, const Body &body)
+    static __device__ __forceinline__ void revisit(const tiling &t, const block_place &place, int j, int ahead,
+                                                   int rows, const Body &body)
     {
         const int64_t first = first_row(t, place);
         const int end = count_rows(t, place) - ahead;
