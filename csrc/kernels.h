@@ -114,9 +114,6 @@ const char *kasmina_cuda_error_string(int code);
 /* 0 where the driver can run this build (cudaDriverGetVersion), else a static message in *why. */
 int kasmina_cuda_driver_check(const char **why);
 
-/* Whether device `index` can run the kernels of this module: an image for it exists. Cached per device. */
-bool kasmina_cuda_has_image(int index);
-
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 #ifndef KASMINA_TELEMETRY_MATH_H
 #define KASMINA_TELEMETRY_MATH_H
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels.h"
@@ -12,11 +13,26 @@ typedef struct {
     double count, mean, m2;
 } kasmina_moments;
 
+/* Beyond, 1e8 ordinary numbers about a float64 origin sum to infinity; about 0 they do not. */
+#define KASMINA_LARGEST_ORIGIN 1e300
+
+/* The number that a seed's sums are taken about, from its first element: the same wherever it is asked for. */
+KASMINA_FN double kasmina_origin(double first)
+{
+    return fabs(first) < KASMINA_LARGEST_ORIGIN ? first : 0.0;
+}
+
 /* The moments of `count` numbers from S1 = sum (x - shift) and S2 = sum (x - shift)^2. */
 KASMINA_FN kasmina_moments kasmina_shifted_moments(double count, double shift, double s1, double s2)
 {
     kasmina_moments m = {count, 0.0, 0.0};
     if (count == 0.0) return m;
+    if (!(fabs(s1) <= DBL_MAX)) {
+        /* Only float64 numbers near the end of the range: the mean saturates, M2 is infinite. */
+        m.mean = s1 > 0.0 ? DBL_MAX : s1 < 0.0 ? -DBL_MAX : 0.0;
+        m.m2 = HUGE_VAL;
+        return m;
+    }
     m.mean = shift + s1 / count;
     m.m2 = s2 - s1 * (s1 / count);
     /* Rounding can leave a little below 0; inf - inf is a sum of squares beyond float64. */
@@ -31,6 +47,8 @@ KASMINA_FN kasmina_moments kasmina_join_moments(kasmina_moments a, kasmina_momen
     if (a.count == 0.0) return b;
     double count = a.count + b.count, delta = b.mean - a.mean, share = b.count / count;
     kasmina_moments m = {count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share};
+    /* Means at opposite ends of the range: their distance overflows, their average does not. */
+    if (!(fabs(delta) <= DBL_MAX)) m.mean = a.mean * (1.0 - share) + b.mean * share;
     return m;
 }
 

@@ -18,14 +18,15 @@ static bool describe(kasmina_tensor *tensor)
     return true;
 }
 
-bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, int count, kasmina_status *status)
+bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, int count, const char *op,
+                          const char *const *names, kasmina_status *status)
 {
     for (int i = 0; i < count; ++i) {
         tensors[i] = (kasmina_tensor){.handle = NULL};
         memcpy(&tensors[i].handle, &stack[i], sizeof tensors[i].handle);
     }
     for (int i = 0; i < count; ++i)
-        if (!describe(&tensors[i])) return kasmina_fail(status, "argument %d must be a strided tensor", i);
+        if (!describe(&tensors[i])) return kasmina_fail(status, "%s: %s must be a tensor, got None", op, names[i]);
     return true;
 }
 

@@ -19,10 +19,11 @@ typedef struct {
 } kasmina_tensor;
 
 /*
- * Take the first `count` arguments of a boxed call. All handles are owned by `tensors` afterwards, whatever happens, so
+ * Take the first `count` arguments, called `names`, of a boxed call of `op`. All handles are owned by `tensors` afterwards, whatever happens, so
  * kasmina_tensors_release() is due on every path. False, with a message, if torch refuses to describe one.
  */
-bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, int count, kasmina_status *status);
+bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, int count, const char *op,
+                          const char *const *names, kasmina_status *status);
 
 /* Delete the handles; entries without one are passed over. */
 void kasmina_tensors_release(kasmina_tensor *tensors, int count);

@@ -50,6 +50,14 @@ int32_t aoti_torch_dtype_int16(void);
 int32_t aoti_torch_dtype_int32(void);
 int32_t aoti_torch_dtype_int64(void);
 int32_t aoti_torch_dtype_bool(void);
+int32_t aoti_torch_dtype_uint16(void);
+int32_t aoti_torch_dtype_uint32(void);
+int32_t aoti_torch_dtype_uint64(void);
+int32_t aoti_torch_dtype_float8_e5m2(void);
+int32_t aoti_torch_dtype_float8_e4m3fn(void);
+int32_t aoti_torch_dtype_float8_e5m2fnuz(void);
+int32_t aoti_torch_dtype_float8_e4m3fnuz(void);
+int32_t aoti_torch_dtype_complex32(void);
 int32_t aoti_torch_dtype_complex64(void);
 int32_t aoti_torch_dtype_complex128(void);
 

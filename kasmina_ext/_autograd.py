@@ -10,14 +10,16 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 class Backend(NamedTuple):
-    """Who computes: both with the arguments of the operators ``chunked_forward`` and ``chunked_backward``."""
+    """Who computes: with the arguments of the operators ``chunked_forward`` and ``chunked_backward``."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    beyond: Callable[..., Tensor]
+    """``forward`` where more is asked for than one backward pass: differentiates in any way, or says that it cannot."""
 
 
 class _Blend(Function):
@@ -64,11 +66,23 @@ def blend(
     grad_telemetry: Tensor,
 ) -> Tensor:
     """``backend.forward`` with ``backend.backward`` as its derivative."""
+    if _beyond_one_backward(x, alpha, weights):
+        return backend.beyond(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
     needs_grad = x.requires_grad or weights.requires_grad or alpha.requires_grad
     if not (needs_grad and torch.is_grad_enabled()):
         return backend.forward(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
     apply = _Blend.apply_single_level if torch._C._are_functorch_transforms_active() else _Blend.apply
     return apply(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+
+
+def _beyond_one_backward(*inputs: Tensor) -> bool:
+    """Whether tangents are carried forward, or torch.func differentiates more than once."""
+    if torch._C._are_functorch_transforms_active():
+        stack = torch._C._functorch.get_interpreter_stack()
+        return len(stack) != 1 or stack[0].key() != torch._C._functorch.TransformType.Grad
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs)
 
 
 def recomputing(x: Tensor) -> bool:

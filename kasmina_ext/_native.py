@@ -9,12 +9,23 @@ import sysconfig
 import torch
 
 
+def _reason_not_built() -> str:
+    """What the build said where it made no module."""
+    try:
+        from kasmina_ext._build import NO_MODULE_REASON
+    except ImportError:
+        return ""
+    return NO_MODULE_REASON
+
+
 def _load() -> tuple[object | None, str]:
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None, "free-threaded Python runs the reference"
     try:
         # torch must come first: the module finds libtorch_cpu by its soname, already loaded.
         return importlib.import_module("kasmina_ext._C"), ""
+    except ModuleNotFoundError as error:
+        return None, _reason_not_built() or f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever is wrong with a binary must not break `import kasmina_ext`
         sys.modules.pop("kasmina_ext._C", None)
         return None, f"{type(error).__name__}: {error}"

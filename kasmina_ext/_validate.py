@@ -27,6 +27,8 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _expect_strided(op: str, argument: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        _fail(op, argument, "be a tensor", tensor)
     if tensor.layout != torch.strided:
         _fail(op, argument, "be a strided tensor", tensor.layout)
 
@@ -61,8 +63,6 @@ def _expect_contiguous(op: str, argument: str, tensor: Tensor) -> None:
 
 
 def _expect_activations(op: str, argument: str, x: Tensor) -> None:
-    if not torch.compiler.is_compiling() and x.layout != torch.strided:
-        _fail(op, argument, "be a strided tensor", x.layout)
     _expect_floating(op, argument, x)
     if not 1 <= x.dim() <= MAX_DIMS:
         _fail(op, argument, f"have 1 to {MAX_DIMS} dimensions", x.dim())
@@ -75,14 +75,14 @@ def _expect_offsets(op: str, x: Tensor, seed_offsets: Tensor) -> None:
         _fail(op, "seed_offsets", "have shape [S + 1]", _shape(seed_offsets))
     if seed_offsets.device.type != "cpu" or _is_traced(seed_offsets):
         return
-    values = seed_offsets.tolist()
-    if values[0] != 0:
-        _fail(op, "seed_offsets", "start at 0", values[0])
-    for i in range(1, len(values)):
-        if values[i] < values[i - 1]:
-            _fail(op, "seed_offsets", "not decrease", f"{values[i]} after {values[i - 1]} at {i}")
-    if values[-1] > x.size(-1):
-        _fail(op, "seed_offsets", f"end at or before H = {x.size(-1)}", values[-1])
+    if seed_offsets[0] != 0:
+        _fail(op, "seed_offsets", "start at 0", int(seed_offsets[0]))
+    drops = (seed_offsets[1:] < seed_offsets[:-1]).nonzero()
+    if drops.numel():
+        i = int(drops[0]) + 1
+        _fail(op, "seed_offsets", "not decrease", f"{int(seed_offsets[i])} after {int(seed_offsets[i - 1])} at {i}")
+    if seed_offsets[-1] > x.size(-1):
+        _fail(op, "seed_offsets", f"end at or before H = {x.size(-1)}", int(seed_offsets[-1]))
 
 
 def _is_traced(tensor: Tensor) -> bool:
@@ -92,6 +92,7 @@ def _is_traced(tensor: Tensor) -> bool:
 def _expect_accumulator(
     op: str, argument: str, tensor: Tensor, rows: int, columns: int, of: str, device: torch.device
 ) -> None:
+    _expect_strided(op, argument, tensor)
     if tensor.numel() == 0:
         return
     _expect_dtype(op, argument, tensor, torch.float64)

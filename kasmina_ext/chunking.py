@@ -65,6 +65,8 @@ def output_features(
     unbatched_rank = -1
     if feature_dim == _SECOND and isinstance(module, nn.modules.conv._ConvNd):
         unbatched_rank = len(module.kernel_size) + 1
+    elif isinstance(module, nn.modules.instancenorm._InstanceNorm):
+        unbatched_rank = module._get_no_batch_dim()
     return OutputFeatures(hidden_dim, feature_dim, unbatched_rank, module)
 
 

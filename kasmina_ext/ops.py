@@ -66,7 +66,18 @@ def _forward_below_autograd(*args):
     return _below_autograd(_kasmina.chunked_forward.default, *args)
 
 
+def _forward_beyond(*args):
+    raise RuntimeError(
+        "kasmina::chunked_forward can be differentiated once, backward: for forward-mode or nested torch.func transforms "
+        "give the layer enable_triton=False (KasminaLayer: enable_kernels=False), or call "
+        "kasmina_ext.reference.chunked_forward"
+    )
+
+
 def _forward_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
+    if x is None or alpha is None or blueprint_weights is None or telemetry is None:
+        # torch lets None pass for a tensor: the checks name it.
+        _validate.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
     if telemetry.numel() and _autograd.recomputing(x):
         telemetry = telemetry.new_empty(0)
     return _autograd.blend(_NATIVE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
@@ -130,7 +141,7 @@ def _backward_autograd(*args):
     return _below_autograd(_kasmina.chunked_backward.default, *args)
 
 
-_NATIVE = _autograd.Backend(_forward_below_autograd, _kasmina.chunked_backward)
+_NATIVE = _autograd.Backend(_forward_below_autograd, _kasmina.chunked_backward, _forward_beyond)
 
 
 # ---- telemetry_update ------------------------------------------------------------------------------------------------
@@ -160,7 +171,7 @@ def _reduce_fake(telemetry):
 
 
 def _reduce_autograd(telemetry):
-    return _below_autograd(_kasmina.telemetry_reduce.default, telemetry.detach())
+    return _below_autograd(_kasmina.telemetry_reduce.default, telemetry)
 
 
 # ---- telemetry_merge -------------------------------------------------------------------------------------------------

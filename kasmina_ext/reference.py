@@ -19,6 +19,7 @@ Every function raises ``RuntimeError`` for a wrong dtype, device, rank or length
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -77,16 +78,17 @@ def _features(seed_offsets: Tensor, state: Tensor, alpha: Tensor, weights: Tenso
     else:
         w = weights.gather(0, row[None])[0].to(accumulate)
         v = weights.gather(0, following[None])[0].to(accumulate)
+    trains = grafted & (lifecycle != FOSSILIZED)
     return Features(
         owner=owner,
         owned=owned,
         grafted=grafted,
-        trains=grafted & (lifecycle != FOSSILIZED),
+        trains=trains,
         strategy=strategy,
         blueprint=row,
         alpha=alpha[owner].to(accumulate),
-        w=torch.where(grafted, w, 1.0),
-        v=torch.where(grafted & (strategy == AFFINE), v, 0.0),
+        w=torch.where(grafted, torch.where(trains, w, w.detach()), 1.0),
+        v=torch.where(grafted & (strategy == AFFINE), torch.where(trains, v, v.detach()), 0.0),
     )
 
 
@@ -98,11 +100,10 @@ def _slope(f: Features) -> Tensor:
 
 
 def _intercept(f: Features) -> Tensor:
-    """``b`` of ``y = a x + b``; a zero is -0.0, which changes no bit of what it is added to."""
+    """``b`` of ``y = a x + b``, a zero of either sign."""
     b = torch.where(f.strategy == ADDITIVE, f.alpha * f.w, -0.0)
     b = torch.where(f.strategy == MIXED, f.alpha * f.w / 2, b)
-    b = torch.where(f.strategy == AFFINE, f.alpha * f.v, b)
-    return torch.where(b == 0, -0.0, b)
+    return torch.where(f.strategy == AFFINE, f.alpha * f.v, b)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -149,7 +150,9 @@ def _blend(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_tel
     if seed_offsets.size(0) == 1 or x.numel() == 0:
         return _like(x.clone(), x)
     f = _features(seed_offsets, state, alpha, blueprint_weights, accumulation_dtype(x.dtype))
-    y = _slope(f) * x.to(f.w.dtype) + _intercept(f)
+    scaled, b = _slope(f) * x.to(f.w.dtype), _intercept(f)
+    # A zero b must change no bit, so it counts as -0.0. Subtracting +0.0 is the same, and keeps the derivative in b.
+    y = torch.where(b == 0, scaled - (b.detach() - b), scaled + b)
     return _like(torch.where(f.grafted, y.to(x.dtype), x), x)
 
 
@@ -257,7 +260,10 @@ def _add_gradient_telemetry(f: Features, u: Tensor, v: Tensor, grad_telemetry: T
     u2, v2 = _sum_by_seed(f, u * u, seeds), _sum_by_seed(f, v * v, seeds)
     added = torch.stack((u2, v2, torch.ones_like(u2)), 1)
     finite = torch.isfinite(u2) & torch.isfinite(v2)
-    grad_telemetry += torch.where(finite[:, None], added, 0.0)
+    added = torch.where(finite[:, None], added, 0.0)
+    # A compiler cannot trace a lock; what it compiles adds in one operation.
+    with nullcontext() if torch.compiler.is_compiling() else _merging:
+        grad_telemetry += added
 
 
 # ---- telemetry -------------------------------------------------------------------------------------------------------
@@ -344,4 +350,4 @@ def telemetry_merge(telemetry: Tensor, other: Tensor) -> None:
     _merge(telemetry, other)
 
 
-_REFERENCE = _autograd.Backend(_blend, _gradients)
+_REFERENCE = _autograd.Backend(_blend, _gradients, _blend)

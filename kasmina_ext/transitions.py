@@ -157,6 +157,8 @@ class SeedTransitions:
 
     def _write_bank(self, mask: Tensor, values: Tensor) -> None:
         """The one place that writes the bank: ``values`` where ``mask``, both ``[P, H]`` on the bank's device."""
+        if "blueprint_weights" not in self._parameters:
+            raise RuntimeError("blueprint_weights is parametrized: what is written to it would be lost")
         with torch.no_grad():
             bank = self.blueprint_weights
             bank.copy_(torch.where(mask, values.to(bank.dtype), bank))

@@ -101,7 +101,7 @@ def is_grafted(state: np.ndarray, s: int, num_blueprints: int) -> bool:
 
 
 def blend_of(offsets, state, alpha, weights, acc) -> Blend:
-    """The table of DESIGN section 3, operation by operation in the accumulation type `acc`."""
+    """The strategies' formulas, operation by operation in the accumulation type `acc`."""
     features = weights.shape[1]
     blend = Blend(np.zeros(features, bool), np.ones(features, acc), np.full(features, -0.0, acc), [])
     one, two = acc(1), acc(2)

@@ -9,7 +9,9 @@ import checks
 import pytest
 import torch
 from cases import Case, build
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from kasmina_ext import ops, reference
 
 NOTHING = torch.empty(0, dtype=torch.float64)
 STRATEGIES = ("mul", "add", "mid", "affine")
@@ -306,3 +308,38 @@ def test_nothing_outlives_its_graph(backend, device):
     gone = weakref.ref(x)
     del x
     assert gone() is None
+
+
+def _cubed(fn, inputs):
+    """A loss of x and the bank; telemetry off, since a vmapped call cannot collect."""
+    none = torch.empty(0, dtype=torch.float64)
+    return lambda x, w: (fn(x, inputs.offsets, inputs.state, inputs.alpha, w, none, none) ** 3).sum()
+
+
+@pytest.mark.parametrize("argnum", [0, 1], ids=["x", "weights"])
+def test_nested_transforms_of_the_reference(argnum):
+    """torch.func's second derivatives are those of torch.autograd.functional, a zero additive weight included."""
+    inputs = build(Case((3, 12), 4, dtype=torch.float64, states="grafted"), torch.device("cpu"))
+    inputs.weights[:, ::3] = 0.0
+    loss, point = _cubed(reference.chunked_forward, inputs), (inputs.x, inputs.weights)
+    expected = torch.autograd.functional.hessian(loss, point)[argnum][argnum]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.func.hessian(loss, argnums=argnum)(*point), expected)
+    reverse = torch.func.jacrev(torch.func.jacrev(loss, argnums=argnum), argnums=argnum)(*point)
+    torch.testing.assert_close(reverse, expected)
+
+
+def test_what_the_operator_cannot_differentiate_is_an_error():
+    """Forward mode and nested transforms would silently give zero."""
+    inputs = build(Case((3, 12), 4, dtype=torch.float64, states="grafted"), torch.device("cpu"))
+    loss, x, w = _cubed(ops.chunked_forward, inputs), inputs.x, inputs.weights
+    gradient = torch.func.grad(loss)
+    for attempt in (
+        lambda: torch.func.grad(lambda z: gradient(z, w).sum())(x),
+        lambda: torch.func.jvp(lambda z: loss(z, w), (x,), (x,)),
+        lambda: torch.func.jvp(lambda z: gradient(z, w), (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match="enable_triton=False"):
+            attempt()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="enable_triton=False"):
+        loss(forward_ad.make_dual(x, torch.ones_like(x)), w)

@@ -1,4 +1,4 @@
-"""DESIGN section 11: each argument of each operator wrong in each way gives an error that says so, and no harm is done."""
+"""Each argument of each operator wrong in each way gives an error that says so, and no harm is done."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _activations(op: str, first_after_x: str = "seed_offsets") -> list[Bad]:
         Bad(op, "x", "int32", _to(torch.int32), FLOATS, "int32"),
         Bad(op, "x", "complex64", _to(torch.complex64), FLOATS, "complex64"),
         Bad(op, "x", "bool", _to(torch.bool), FLOATS, "bool"),
-        Bad(op, "x", "float8", _to(torch.float8_e5m2), FLOATS, ""),
+        Bad(op, "x", "float8", _to(torch.float8_e5m2), FLOATS, "float8_e5m2"),
         Bad(op, "x", "0-D", lambda t: t.new_zeros(()), "have 1 to 64 dimensions", "0"),
         Bad(op, "x", "65-D", lambda t: t.new_zeros([1] * 64 + [H]), "have 1 to 64 dimensions", "65"),
         Bad(op, "x", "meta", _meta, "be on meta, the device of x", "", first_after_x),
@@ -263,8 +263,7 @@ def test_both_paths_say_the_same(bad):
     """The compiled operators' words are the reference's."""
     cpu = torch.device("cpu")
     messages = [check(bad, backend, cpu).splitlines()[0] for backend in checks.BACKENDS]
-    if bad.what != "float8":  # a name that torch's C interface cannot give
-        assert messages[0] == messages[1]
+    assert messages[0] == messages[1]
 
 
 def _moved_to_the_cpu() -> list[Bad]:
@@ -330,8 +329,9 @@ def test_no_tensor_at_all(device, op):
     for name, value in good_arguments(op, device).items():
         for wrong in (None, "text", [value]) if isinstance(value, Tensor) else ():
             arguments = {**good_arguments(op, device), name: wrong}
+            words = f"{op}: {name} must be a tensor, got None" if wrong is None else op
             for mode in (torch.enable_grad, torch.inference_mode):
-                with mode(), pytest.raises((RuntimeError, TypeError, AttributeError)):
+                with mode(), pytest.raises(RuntimeError, match=words):
                     getattr(torch.ops.kasmina, op)(*arguments.values())
     with pytest.raises((RuntimeError, TypeError)):
         getattr(torch.ops.kasmina, op)(*list(good_arguments(op, device).values())[:-1])

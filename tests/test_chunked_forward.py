@@ -35,7 +35,7 @@ def test_compiled_and_reference_have_the_same_bits(case, device):
     assert checks.same_bits(*results)
 
 
-# strategy, alpha, w, w of the next row -> y for x = 8, worked out by hand from the table of DESIGN section 3
+# strategy, alpha, w, w of the next row -> y for x = 8, worked out by hand from the strategies' formulas
 BY_HAND = [
     (0, 1.0, 3.0, 0.0, 24.0),
     (0, 0.5, 3.0, 0.0, 16.0),

@@ -54,11 +54,10 @@ size_t kasmina_forward_workspace_cpu(const kasmina_forward_args *args)
     return (size_t)(t.blocks * count_slots(&t, args->seeds.chunks.count)) * sizeof(partial);
 }
 
-/* The number that a seed's sums are taken about: the first element of its chunk, if finite. */
+/* The number that a seed's sums are taken about. */
 static double seed_origin(const plan *p, int64_t first_feature)
 {
-    double value = kasmina_load_scalar(p->args->dtype, p->args->x, first_feature * p->tiling.inner);
-    return isfinite(value) ? value : 0.0;
+    return kasmina_origin(kasmina_load_scalar(p->args->dtype, p->args->x, first_feature * p->tiling.inner));
 }
 
 /* Visit the segments of a patch: columns [begin, end) within it belong to `seed`. */
@@ -71,7 +70,7 @@ static void for_each_segment(const plan *p, const kasmina_patch *patch, column_s
     const int64_t features = p->args->layout.features, inner = p->tiling.inner;
     const int64_t first = patch->first_column, last = first + patch->columns;
     int64_t seed = kasmina_find_seed(chunks, first / inner);
-    for (seed = seed < 0 ? 0 : seed; seed < chunks->count; ++seed) {
+    for (seed = seed < 0 ? 0 : seed; seed < chunks->count; seed = kasmina_next_seed(chunks, seed)) {
         int64_t from, to;
         kasmina_chunk_range(chunks, features, seed, &from, &to);
         if (from * inner >= last) return;

@@ -68,6 +68,14 @@ int64_t kasmina_find_seed(const kasmina_chunks *chunks, int64_t feature)
     return lo;
 }
 
+int64_t kasmina_next_seed(const kasmina_chunks *chunks, int64_t seed)
+{
+    const int32_t *offsets = chunks->offsets;
+    if (++seed >= chunks->count || offsets[seed + 1] > offsets[seed]) return seed;
+    /* Millions of empty seeds may follow each other: no walk. */
+    return kasmina_find_seed(chunks, offsets[seed]);
+}
+
 /* Coefficients of one feature; false where it keeps its input. */
 static bool feature_coefficients(const kasmina_seeds *seeds, int64_t features, int64_t seed, int64_t feature, bool wide,
                                  double *a, double *b)
@@ -112,7 +120,8 @@ void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, 
     for (int64_t i = 0; i < p->columns; ++feature) {
         double a = 1.0, b = -0.0;
         int64_t first, end, stop = min64((feature + 1) * t->inner - p->first_column, p->columns);
-        while (seed + 1 < seeds->chunks.count && seeds->chunks.offsets[seed + 1] <= feature) ++seed;
+        if (seed + 1 < seeds->chunks.count && seeds->chunks.offsets[seed + 1] <= feature)
+            seed = kasmina_next_seed(&seeds->chunks, seed);
         bool grafted = false;
         if (seed >= 0) {
             kasmina_chunk_range(&seeds->chunks, features, seed, &first, &end);

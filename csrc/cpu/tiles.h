@@ -77,6 +77,9 @@ static inline void kasmina_chunk_range(const kasmina_chunks *chunks, int64_t fea
     *end = hi < *first ? *first : hi > features ? features : hi;
 }
 
+/* The next seed that owns something, or the last of the empty ones before it; count where there is none. */
+int64_t kasmina_next_seed(const kasmina_chunks *chunks, int64_t seed);
+
 /* The last seed whose chunk starts at or before `feature`; -1 if there is none. It may end before it. */
 int64_t kasmina_find_seed(const kasmina_chunks *chunks, int64_t feature);
 

@@ -28,9 +28,6 @@ constexpr float LEAST_SQUARES = 0x1p-120f;
 /* From here on a float32 has no neighbour so near that the square of their difference is 0. */
 constexpr float LEAST_CERTAIN = 0x1p-48f;
 
-/* Beyond, 1e8 ordinary numbers about a float64 shift sum to infinity; about 0 they do not. */
-constexpr double LARGEST_SHIFT = 1e300;
-
 /* What the first launch leaves for the second. */
 struct partials {
     double2 *sums;       /* [slots, splits] sum (x - K), sum (x - K)^2 */
@@ -56,12 +53,6 @@ struct merge_params {
     double *telemetry;
     int lanes; /* a seed's */
 };
-
-/* The shift K of a seed, from its first element: the same in every block and in the merge. */
-__device__ __forceinline__ double shift_from(double first)
-{
-    return fabs(first) < LARGEST_SHIFT ? first : 0.0;
-}
 
 /* ---- The tables of a block, in shared memory ---- */
 
@@ -249,7 +240,7 @@ __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM) forward_kernel(const __g
         if (COLLECT && seed != UNOWNED) first = __ldg((const bits *)p.x + range_of(p.table, seed).first * t.inner);
         if (p.y) tables.blend.fill(p.table, c, seed, feature);
         if constexpr (COLLECT) {
-            tables.shift[c] = (T)shift_from((double)element<D>::value(first));
+            tables.shift[c] = (T)kasmina_origin((double)element<D>::value(first));
             tables.sums.owner[c] = seed;
             tables.sums.count[c] = 0;
             if (here.split == 0 && exists && column == feature * t.inner) p.out.owner[feature] = seed;
@@ -344,7 +335,7 @@ struct merge_job {
         const int64_t last_tile = (range.last * t.inner - 1) / t.tile_columns;
         s.parts = (last_tile - s.first_tile + 1) * t.splits;
         s.numbers = (double)(range.last - range.first) * p.numbers_per_feature;
-        s.shift = shift_from(load_number<double>(p.dtype, p.x, s.first_column));
+        s.shift = kasmina_origin(load_number<double>(p.dtype, p.x, s.first_column));
         return s;
     }
     __device__ __forceinline__ void add(const seed &s, int64_t i, sum3 &sum) const
@@ -354,23 +345,16 @@ struct merge_job {
         const int64_t begin = tile * t.tile_columns;
         const int64_t feature = t.feature_of(begin > s.first_column ? begin : s.first_column);
         const int64_t split = (uint32_t)i % t.splits, at = (tile + feature) * t.splits + split;
-        const double2 part = p.in.sums[at];
-        const uint32_t nonfinite = p.in.nonfinite[at];
         /* Only where offsets decrease: the run belongs to another seed, or was never written. */
         if (p.in.owner[feature] != s.index) return;
+        const double2 part = p.in.sums[at];
         sum.a += part.x;
         sum.b += part.y;
-        sum.c += nonfinite;
+        sum.c += p.in.nonfinite[at];
     }
     __device__ __forceinline__ void close(seed &s, const sum3 &sum) const
     {
-        double s1 = sum.a, s2 = sum.b;
-        if (!is_finite(s1)) {
-            /* Only float64 numbers near the end of the range: the mean saturates, M2 is infinite. */
-            s1 = s1 > 0.0 ? DBL_MAX : s1 < 0.0 ? -DBL_MAX : 0.0;
-            s2 = HUGE_VAL;
-        }
-        const kasmina_moments batch = kasmina_shifted_moments(s.numbers - sum.c, s.shift, s1, s2);
+        const kasmina_moments batch = kasmina_shifted_moments(s.numbers - sum.c, s.shift, sum.a, sum.b);
         kasmina_accumulate(s.telemetry, batch, 1.0, sum.c);
 #pragma unroll
         for (int i = 0; i < KASMINA_TELEMETRY_COLUMNS; ++i)

@@ -82,19 +82,3 @@ int kasmina_cuda_driver_check(const char **why)
     *why = "";
     return 0;
 }
-
-bool kasmina_cuda_has_image(int index)
-{
-    if (index >= 0 && index < KEPT_DEVICES) {
-        const int known = __atomic_load_n(&kept_images[index], __ATOMIC_RELAXED);
-        if (known != UNKNOWN) return known != NO_IMAGE;
-    }
-    int before = 0;
-    image found = UNKNOWN;
-    if (cudaGetDevice(&before) == cudaSuccess && cudaSetDevice(index) == cudaSuccess) {
-        found = image_for(index);
-        if (before != index) (void)cudaSetDevice(before);
-    }
-    if (found == UNKNOWN) (void)cudaGetLastError();
-    return found == PLAIN_IMAGE || found == DEPENDENT_IMAGE;
-}

@@ -7,6 +7,8 @@ enum { GRAD_X = NUM_INPUTS, GRAD_WEIGHTS, GRAD_ALPHA, WORKSPACE, NUM_TENSORS };
 enum { NUM_RESULTS = 3 };
 
 static const char op[] = "chunked_backward";
+static const char *const names[] = {"grad_y",        "x", "seed_offsets", "state", "alpha", "blueprint_weights",
+                                    "grad_telemetry"};
 
 static bool validate(const kasmina_tensor *t, kasmina_status *status)
 {
@@ -82,7 +84,7 @@ void kasmina_chunked_backward(StableIValue *stack, uint64_t num_args, uint64_t n
     (void)num_args, (void)num_outputs;
     /* A bool is the low byte of its slot; the rest is not specified. */
     for (int i = 0; i < NUM_RESULTS; ++i) wanted[i] = (stack[NUM_INPUTS + i] & 0xff) != 0;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, &status)) goto done;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
     if (!validate(t, &status)) goto done;
     if (!kasmina_device_enter(&scope, &t[X], &status)) goto done;
     if (run(t, wanted, &scope, &status))

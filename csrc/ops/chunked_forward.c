@@ -6,6 +6,8 @@ enum { X, SEED_OFFSETS, STATE, ALPHA, BLUEPRINT_WEIGHTS, TELEMETRY, GRAD_TELEMET
 enum { Y = NUM_INPUTS, WORKSPACE, NUM_TENSORS };
 
 static const char op[] = "chunked_forward";
+static const char *const names[] = {"x",         "seed_offsets",  "state", "alpha", "blueprint_weights",
+                                    "telemetry", "grad_telemetry"};
 
 static bool validate(const kasmina_tensor *t, kasmina_status *status)
 {
@@ -46,7 +48,7 @@ void kasmina_chunked_forward(StableIValue *stack, uint64_t num_args, uint64_t nu
     kasmina_tensor t[NUM_TENSORS] = {0};
     kasmina_device_scope scope = {0};
     (void)num_args, (void)num_outputs;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, &status)) goto done;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
     if (!validate(t, &status)) goto done;
     if (!kasmina_device_enter(&scope, &t[X], &status)) goto done;
     if (run(t, &scope, &status)) kasmina_tensor_return(&t[Y], &stack[0]);

@@ -6,6 +6,7 @@ enum { TELEMETRY, NUM_INPUTS };
 enum { OUT = NUM_INPUTS, NUM_TENSORS };
 
 static const char op[] = "telemetry_reduce";
+static const char *const names[] = {"telemetry"};
 
 static bool run(kasmina_tensor *t, const kasmina_device_scope *scope, kasmina_status *status)
 {
@@ -27,7 +28,7 @@ void kasmina_telemetry_reduce(StableIValue *stack, uint64_t num_args, uint64_t n
     kasmina_tensor t[NUM_TENSORS] = {0};
     kasmina_device_scope scope = {0};
     (void)num_args, (void)num_outputs;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, &status)) goto done;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
     if (!kasmina_expect_telemetry(op, "telemetry", &t[TELEMETRY], &status)) goto done;
     if (!kasmina_device_enter(&scope, &t[TELEMETRY], &status)) goto done;
     if (run(t, &scope, &status)) kasmina_tensor_return(&t[OUT], &stack[0]);

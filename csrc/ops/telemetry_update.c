@@ -6,6 +6,7 @@ enum { X, SEED_OFFSETS, TELEMETRY, NUM_INPUTS };
 enum { WORKSPACE = NUM_INPUTS, NUM_TENSORS };
 
 static const char op[] = "telemetry_update";
+static const char *const names[] = {"x", "seed_offsets", "telemetry"};
 
 static bool validate(const kasmina_tensor *t, kasmina_status *status)
 {
@@ -39,7 +40,7 @@ void kasmina_telemetry_update(StableIValue *stack, uint64_t num_args, uint64_t n
     kasmina_tensor t[NUM_TENSORS] = {0};
     kasmina_device_scope scope = {0};
     (void)num_args, (void)num_outputs;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, &status)) goto done;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
     if (!validate(t, &status)) goto done;
     if (!kasmina_device_enter(&scope, &t[X], &status)) goto done;
     run(t, &scope, &status);
