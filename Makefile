@@ -1,0 +1,75 @@
+# PYTHON: what .venv is made from. VENV= (empty): use PYTHON itself, with the packages that it has.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(if $(VENV),$(VENV)/bin/)
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+STAMPS := $(or $(VENV),build)
+CC ?= cc
+
+# Our own builds: warnings are errors. CUDA is compiled for this machine's GPU or, where none could run it, for the oldest
+# target and the newest with code of its own: all that can be seen then is that it compiles.
+export KASMINA_WERROR := 1
+ifndef KASMINA_CUDA_ARCHS
+export KASMINA_CUDA_ARCHS := $(if $(shell nvidia-smi -L 2>/dev/null),native,75 90)
+endif
+
+C_FILES := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
+
+.PHONY: help setup build test demo check bench gpu-check clean
+.DEFAULT_GOAL := help
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/stamp-setup ## make .venv with torch and everything that tests, demo and checks need
+
+build: setup ## compile the extension in place (only what changed) and install the package as editable
+	@$(PY) setup.py -q build_ext --inplace
+	@$(MAKE) -s --no-print-directory $(STAMPS)/stamp-install
+
+test: build ## run all tests
+	$(PY) -m pytest $(ARGS)
+
+demo: build ## watch a damaged network grow back (ARGS="--help" lists its options)
+	$(PY) scripts/demo.py $(ARGS)
+
+check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, formats, and the CPU kernels under address and undefined-behaviour sanitizers
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	@echo "clang-format --dry-run" && $(BIN)clang-format --dry-run -Werror $(C_FILES)
+	build/sanitize/kernels $(CASES)
+	build/sanitize/kernels-baseline $(CASES)
+
+bench: build ## run the benchmarks into benchmarks/results
+	@for script in benchmarks/bench_*.py; do echo "$$script" && $(PY) "$$script" $(ARGS) || exit; done
+
+gpu-check: ## on a machine with a GPU: build, all tests, compute-sanitizer; results in benchmarks/results/gpu_check.json
+	@if [ -x "$(PY)" ]; then python="$(PY)"; else python="$(PYTHON)"; fi; "$$python" scripts/gpu_check.py $(ARGS)
+
+clean: ## remove everything that was built, but for .venv
+	rm -rf build dist *.egg-info kasmina_ext/*.so kasmina_ext/_schema.py kasmina_ext/_build.py
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	rm -f $(STAMPS)/stamp-install
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(STAMPS)/stamp-setup: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed (make PYTHON=...)" if sys.version_info < (3, 10) else 0)'
+ifneq ($(VENV),)
+	@echo "installing torch and the tools into $(VENV) (minutes, the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+endif
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/stamp-install: setup.py pyproject.toml
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+SANITIZED := $(wildcard csrc/cpu/*.c tests/sanitize/*.c)
+SANITIZE := -std=c11 -g -O1 -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread -Icsrc \
+    -fsanitize=address,undefined -fno-sanitize-recover=all
+
+# With the instruction sets of this machine, and with the baseline that any other would run.
+build/sanitize/kernels build/sanitize/kernels-baseline: $(SANITIZED) $(wildcard csrc/*.h csrc/cpu/*.h tests/sanitize/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(SANITIZE) $(if $(findstring baseline,$@),-DKASMINA_NO_CLONES) $(SANITIZED) -lm -o $@

@@ -1,0 +1,53 @@
+"""Shared by all tests: devices, fixed random seeds, and a warning when the recorded GPU run is out of date."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+import evidence  # noqa: E402
+
+HAS_CUDA = torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanitizer: small cases of the kernels, also run under compute-sanitizer")
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine may have, in turn."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_report_header() -> list[str]:
+    name = torch.cuda.get_device_name() if HAS_CUDA else "none"
+    return [f"torch {torch.__version__}, CUDA device: {name}"]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped"))
+    for reason, count in skipped.most_common():
+        terminalreporter.write_line(f"skipped: {count} ({reason})")
+    stale = evidence.gpu_check_staleness()
+    if stale:
+        terminalreporter.write_line(f"warning: {stale}", yellow=True)
