@@ -6,9 +6,10 @@
 #ifdef KASMINA_WITH_CUDA
 
 static struct {
-    AOTITorchError (*create_guard)(int32_t, CUDAGuardHandle *);
-    AOTITorchError (*delete_guard)(CUDAGuardHandle);
-    AOTITorchError (*current_stream)(int32_t, void **);
+    /* By the types of torch_abi.h, which are proven against torch's headers. */
+    __typeof__(aoti_torch_create_cuda_guard) *create_guard;
+    __typeof__(aoti_torch_delete_cuda_guard) *delete_guard;
+    __typeof__(aoti_torch_get_current_cuda_stream) *current_stream;
 } cuda;
 
 static void *find(void *library, const char *name)

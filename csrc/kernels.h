@@ -90,23 +90,78 @@ typedef struct {
     const double *other; /* [S, 5], may be telemetry itself */
 } kasmina_telemetry_merge_args;
 
+/*
+ * U requests applied to the seeds they name; the last request for a seed is the only one considered. See
+ * lifecycle_math.h for the verdicts.
+ */
+typedef struct {
+    int64_t num_updates, num_seeds, num_blueprints;
+    int32_t *state;          /* [8, S] */
+    int32_t *history;        /* [S, 10, 2] */
+    int32_t *history_count;  /* [S] */
+    const int32_t *seed_ids; /* [U] */
+    const int32_t *values;   /* [U, 4] */
+    const int32_t *mask;     /* [U] */
+    const int32_t *rules;    /* [11, 11] */
+    int32_t *verdicts;       /* [U] */
+    int32_t *winner;         /* workspace [S]: the last request for each seed */
+} kasmina_state_update_args;
+
+/*
+ * One epoch for every seed; alpha along the ramp and, with `advance`, the step out of GRAFTING at its end. A schedule of 0
+ * leaves alpha alone; ramp_epochs <= 0 ends the ramp at once.
+ */
+typedef struct {
+    int64_t num_seeds, schedule, ramp_epochs;
+    bool advance;
+    int32_t *state;         /* [8, S] */
+    int32_t *history;       /* [S, 10, 2] */
+    int32_t *history_count; /* [S] */
+    float *alpha;           /* [S] */
+} kasmina_lifecycle_step_args;
+
+/*
+ * loss[s] = mean over its elements of (g(x, w) - target)^2 for seeds in TRAINING, else 0; g is the blend at alpha 1.
+ * With grad_loss it is the derivative instead: grad_weights [P, features] is written whole, `loss` is not. x and target
+ * share the layout.
+ */
+typedef struct {
+    kasmina_layout layout;
+    kasmina_dtype dtype;
+    const void *x;
+    const void *target;
+    kasmina_seeds seeds; /* alpha is not read */
+    void *loss;          /* [S], float32, or float64 where dtype is */
+    const void *grad_loss;
+    void *grad_weights;
+    void *workspace; /* kasmina_reconstruction_workspace_*() bytes */
+} kasmina_reconstruction_args;
+
 /* Bytes of workspace that a call with these arguments needs (pointers but for NULL-ness are not looked at). */
 size_t kasmina_forward_workspace_cpu(const kasmina_forward_args *args);
 size_t kasmina_backward_workspace_cpu(const kasmina_backward_args *args);
+size_t kasmina_reconstruction_workspace_cpu(const kasmina_reconstruction_args *args);
 
 int kasmina_chunked_forward_cpu(const kasmina_forward_args *args);
 int kasmina_chunked_backward_cpu(const kasmina_backward_args *args);
 int kasmina_telemetry_reduce_cpu(const kasmina_telemetry_reduce_args *args);
 int kasmina_telemetry_merge_cpu(const kasmina_telemetry_merge_args *args);
+int kasmina_state_update_cpu(const kasmina_state_update_args *args);
+int kasmina_lifecycle_step_cpu(const kasmina_lifecycle_step_args *args);
+int kasmina_reconstruction_cpu(const kasmina_reconstruction_args *args);
 
 /* The CUDA twins ask the current device for its size, so the device must be set before either call. */
 size_t kasmina_forward_workspace_cuda(const kasmina_forward_args *args);
 size_t kasmina_backward_workspace_cuda(const kasmina_backward_args *args);
+size_t kasmina_reconstruction_workspace_cuda(const kasmina_reconstruction_args *args);
 
 int kasmina_chunked_forward_cuda(const kasmina_forward_args *args, void *stream);
 int kasmina_chunked_backward_cuda(const kasmina_backward_args *args, void *stream);
 int kasmina_telemetry_reduce_cuda(const kasmina_telemetry_reduce_args *args, void *stream);
 int kasmina_telemetry_merge_cuda(const kasmina_telemetry_merge_args *args, void *stream);
+int kasmina_state_update_cuda(const kasmina_state_update_args *args, void *stream);
+int kasmina_lifecycle_step_cuda(const kasmina_lifecycle_step_args *args, void *stream);
+int kasmina_reconstruction_cuda(const kasmina_reconstruction_args *args, void *stream);
 
 /* cudaGetErrorString; `code` is what a launcher returned. */
 const char *kasmina_cuda_error_string(int code);

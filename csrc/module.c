@@ -17,6 +17,10 @@ static const struct {
     {"telemetry_update", KASMINA_SCHEMA_TELEMETRY_UPDATE, kasmina_telemetry_update},
     {"telemetry_reduce", KASMINA_SCHEMA_TELEMETRY_REDUCE, kasmina_telemetry_reduce},
     {"telemetry_merge", KASMINA_SCHEMA_TELEMETRY_MERGE, kasmina_telemetry_merge},
+    {"state_update", KASMINA_SCHEMA_STATE_UPDATE, kasmina_state_update},
+    {"lifecycle_step", KASMINA_SCHEMA_LIFECYCLE_STEP, kasmina_lifecycle_step},
+    {"reconstruction_loss", KASMINA_SCHEMA_RECONSTRUCTION_LOSS, kasmina_reconstruction_loss},
+    {"reconstruction_loss_backward", KASMINA_SCHEMA_RECONSTRUCTION_LOSS_BACKWARD, kasmina_reconstruction_loss_backward},
 };
 enum { NUM_OPERATORS = sizeof operators / sizeof *operators };
 

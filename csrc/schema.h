@@ -32,4 +32,24 @@
 /* telemetry becomes what it would be had it seen both. */
 #define KASMINA_SCHEMA_TELEMETRY_MERGE "telemetry_merge(Tensor(a!) telemetry, Tensor other) -> ()"
 
+/* Judge and apply requests; int32 [U] verdicts. seed_ids, mask int32 [U]; values int32 [U, 4]; rules int32 [11, 11]. */
+#define KASMINA_SCHEMA_STATE_UPDATE                                                 \
+    "state_update(Tensor(a!) state, Tensor(b!) history, Tensor(c!) history_count, " \
+    "Tensor seed_ids, Tensor values, Tensor mask, Tensor rules, int num_blueprints) -> Tensor"
+
+/* One epoch for every seed. history int32 [S, 10, 2], history_count int32 [S]. */
+#define KASMINA_SCHEMA_LIFECYCLE_STEP                                                 \
+    "lifecycle_step(Tensor(a!) state, Tensor(b!) history, Tensor(c!) history_count, " \
+    "Tensor(d!) alpha, int schedule, int ramp_epochs, bool advance) -> ()"
+
+/* [S] mean squared error of the blueprints of seeds in TRAINING; target like x. */
+#define KASMINA_SCHEMA_RECONSTRUCTION_LOSS                                             \
+    "reconstruction_loss(Tensor x, Tensor target, Tensor seed_offsets, Tensor state, " \
+    "Tensor blueprint_weights) -> Tensor"
+
+/* [P, H], its derivative in the bank; grad_loss [S] like the loss. */
+#define KASMINA_SCHEMA_RECONSTRUCTION_LOSS_BACKWARD                            \
+    "reconstruction_loss_backward(Tensor grad_loss, Tensor x, Tensor target, " \
+    "Tensor seed_offsets, Tensor state, Tensor blueprint_weights) -> Tensor"
+
 #endif

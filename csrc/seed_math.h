@@ -30,17 +30,29 @@ enum {
     KASMINA_STATE_ROWS
 };
 
-/* The lifecycle states between which a seed is grafted in. */
-enum { KASMINA_GRAFTING = 3, KASMINA_FOSSILIZED = 7 };
+/* TRAINING, and the states between which a seed is grafted in. */
+enum { KASMINA_TRAINING = 2, KASMINA_GRAFTING = 3, KASMINA_FOSSILIZED = 7 };
 
 enum { KASMINA_MULTIPLICATIVE, KASMINA_ADDITIVE, KASMINA_MIXED, KASMINA_AFFINE, KASMINA_NUM_STRATEGIES };
 
-/* A seed that is not grafted is the identity; ids outside the bank never reach memory. AFFINE needs row blueprint + 1 too. */
-KASMINA_FN bool kasmina_is_grafted(int32_t lifecycle, int32_t blueprint, int32_t strategy, int64_t num_blueprints)
+/* Whether the rows of the bank that a strategy uses exist; ids outside the bank never reach memory. */
+KASMINA_FN bool kasmina_has_blueprint(int32_t blueprint, int32_t strategy, int64_t num_blueprints)
 {
-    if (lifecycle < KASMINA_GRAFTING || lifecycle > KASMINA_FOSSILIZED) return false;
     if (strategy < 0 || strategy >= KASMINA_NUM_STRATEGIES) return false;
     return blueprint >= 0 && (int64_t)blueprint + (strategy == KASMINA_AFFINE) < num_blueprints;
+}
+
+/* A seed that is not grafted is the identity. */
+KASMINA_FN bool kasmina_is_grafted(int32_t lifecycle, int32_t blueprint, int32_t strategy, int64_t num_blueprints)
+{
+    return lifecycle >= KASMINA_GRAFTING && lifecycle <= KASMINA_FOSSILIZED &&
+           kasmina_has_blueprint(blueprint, strategy, num_blueprints);
+}
+
+/* A seed in training learns to reconstruct its chunk and leaves the output alone. */
+KASMINA_FN bool kasmina_is_training(int32_t lifecycle, int32_t blueprint, int32_t strategy, int64_t num_blueprints)
+{
+    return lifecycle == KASMINA_TRAINING && kasmina_has_blueprint(blueprint, strategy, num_blueprints);
 }
 
 /* A fossil's blueprint is frozen: it gets no gradient. */

@@ -1,27 +1,65 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
-from kasmina_ext import flags, ops, reference, telemetry
-from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy
+from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext.chunking import ChunkManager
+from kasmina_ext.controller import GrowthController
+from kasmina_ext.credit import credit, removal_cost
+from kasmina_ext.grafting import (
+    GRAFTING_STRATEGIES,
+    AlphaSchedule,
+    GraftingConfig,
+    GraftingContext,
+    GraftingStrategy,
+    GraftingStrategyFactory,
+    create_grafting_strategy,
+)
 from kasmina_ext.layer import KasminaLayer, TritonChunkedKasminaLayer
-from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, StateTransition, TransitionContext
+from kasmina_ext.lifecycle import (
+    ExtendedLifecycle,
+    LifecycleManager,
+    StateTransition,
+    TransitionContext,
+    TransitionRules,
+    Verdict,
+    explain_verdicts,
+)
+from kasmina_ext.optim import param_groups, reset_optimizer_state
+from kasmina_ext.policy import GrowthConfig, default_policy
 from kasmina_ext.state import ExtendedStateTensor, StateVar
 from kasmina_ext.telemetry import potential
 
 __all__ = [
+    "GRAFTING_STRATEGIES",
     "AlphaSchedule",
+    "ChunkManager",
     "ExtendedLifecycle",
     "ExtendedStateTensor",
+    "GraftingConfig",
+    "GraftingContext",
     "GraftingStrategy",
+    "GraftingStrategyFactory",
+    "GrowthConfig",
+    "GrowthController",
     "KasminaLayer",
     "LifecycleManager",
     "StateTransition",
     "StateVar",
     "TransitionContext",
+    "TransitionRules",
     "TritonChunkedKasminaLayer",
+    "Verdict",
+    "compat",
+    "create_grafting_strategy",
+    "credit",
+    "default_policy",
+    "explain_verdicts",
     "flags",
     "ops",
+    "param_groups",
     "potential",
     "reference",
+    "removal_cost",
+    "reset_optimizer_state",
     "telemetry",
 ]
 __version__ = "0.1.0"

@@ -22,7 +22,19 @@ class Backend(NamedTuple):
     """``forward`` where more is asked for than one backward pass: differentiates in any way, or says that it cannot."""
 
 
-class _Blend(Function):
+class SingleLevelFunction(Function):
+    """An autograd function that a kernel at the Autograd key applies."""
+
+    @classmethod
+    def apply_any_level(cls, *args):
+        """``apply``; inside a torch.func transform, where the dispatcher has already peeled off the level, of that."""
+        if not torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        with enable_single_level_autograd_function():
+            return super(Function, cls).apply(*args)
+
+
+class _Blend(SingleLevelFunction):
     @staticmethod
     def forward(ctx, backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry):
         ctx.save_for_backward(x, seed_offsets, state, alpha, weights)
@@ -48,12 +60,6 @@ class _Blend(Function):
             None,
         )
 
-    @classmethod
-    def apply_single_level(cls, *args):
-        """``apply`` inside a torch.func transform, where the dispatcher has already peeled off the level."""
-        with enable_single_level_autograd_function():
-            return super(Function, cls).apply(*args)
-
 
 def blend(
     backend: Backend,
@@ -71,8 +77,7 @@ def blend(
     needs_grad = x.requires_grad or weights.requires_grad or alpha.requires_grad
     if not (needs_grad and torch.is_grad_enabled()):
         return backend.forward(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
-    apply = _Blend.apply_single_level if torch._C._are_functorch_transforms_active() else _Blend.apply
-    return apply(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+    return _Blend.apply_any_level(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
 
 
 def _beyond_one_backward(*inputs: Tensor) -> bool:

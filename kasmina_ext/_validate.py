@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_DIMS = 64
+MAX_UPDATES = 2**31 - 1
 STATE_ROWS, TELEMETRY_COLUMNS, GRAD_TELEMETRY_COLUMNS = 8, 5, 3
 
 
@@ -101,22 +102,31 @@ def _expect_accumulator(
     _expect_contiguous(op, argument, tensor)
 
 
-def _expect_seeds(
-    op: str, x: Tensor, seed_offsets: Tensor, state: Tensor, alpha: Tensor, blueprint_weights: Tensor
-) -> None:
+def _expect_blueprints(op: str, x: Tensor, seed_offsets: Tensor, state: Tensor, blueprint_weights: Tensor) -> None:
     _expect_offsets(op, x, seed_offsets)
-    seeds = seed_offsets.size(0) - 1
     _expect_dtype(op, "state", state, torch.int32)
     _expect_device(op, "state", state, "x", x.device)
-    _expect_shape(op, "state", state, (STATE_ROWS, seeds), "[8, S]")
-    _expect_dtype(op, "alpha", alpha, torch.float32)
-    _expect_device(op, "alpha", alpha, "x", x.device)
-    _expect_shape(op, "alpha", alpha, (seeds,), "[S]")
+    _expect_shape(op, "state", state, (STATE_ROWS, seed_offsets.size(0) - 1), "[8, S]")
     _expect_floating(op, "blueprint_weights", blueprint_weights)
     _expect_device(op, "blueprint_weights", blueprint_weights, "x", x.device)
     if blueprint_weights.dim() != 2 or blueprint_weights.size(1) != x.size(-1):
         wanted = f"have shape [P, H] = [P, {x.size(-1)}]"
         _fail(op, "blueprint_weights", wanted, _shape(blueprint_weights))
+
+
+def _expect_seeds(
+    op: str, x: Tensor, seed_offsets: Tensor, state: Tensor, alpha: Tensor, blueprint_weights: Tensor
+) -> None:
+    _expect_blueprints(op, x, seed_offsets, state, blueprint_weights)
+    _expect_dtype(op, "alpha", alpha, torch.float32)
+    _expect_device(op, "alpha", alpha, "x", x.device)
+    _expect_shape(op, "alpha", alpha, (seed_offsets.size(0) - 1,), "[S]")
+
+
+def _expect_like_x(op: str, argument: str, tensor: Tensor, x: Tensor) -> None:
+    _expect_dtype(op, argument, tensor, x.dtype)
+    _expect_device(op, argument, tensor, "x", x.device)
+    _expect_shape(op, argument, tensor, tuple(x.shape), "of x")
 
 
 def chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry) -> None:
@@ -131,9 +141,7 @@ def chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry,
 def chunked_backward(grad_y, x, seed_offsets, state, alpha, blueprint_weights, grad_telemetry) -> None:
     op = "chunked_backward"
     _expect_activations(op, "x", x)
-    _expect_dtype(op, "grad_y", grad_y, x.dtype)
-    _expect_device(op, "grad_y", grad_y, "x", x.device)
-    _expect_shape(op, "grad_y", grad_y, tuple(x.shape), "of x")
+    _expect_like_x(op, "grad_y", grad_y, x)
     _expect_seeds(op, x, seed_offsets, state, alpha, blueprint_weights)
     seeds = seed_offsets.size(0) - 1
     _expect_accumulator(op, "grad_telemetry", grad_telemetry, seeds, GRAD_TELEMETRY_COLUMNS, "x", x.device)
@@ -164,3 +172,60 @@ def telemetry_merge(telemetry, other) -> None:
     _expect_dtype(op, "other", other, torch.float64)
     _expect_device(op, "other", other, "telemetry", telemetry.device)
     _expect_shape(op, "other", other, (telemetry.size(0), TELEMETRY_COLUMNS), "[S, 5]")
+
+
+def _expect_int32(op: str, argument: str, tensor: Tensor, state: Tensor, shape: tuple[int, ...], named: str) -> None:
+    _expect_dtype(op, argument, tensor, torch.int32)
+    _expect_device(op, argument, tensor, "state", state.device)
+    _expect_shape(op, argument, tensor, shape, named)
+
+
+def _expect_state(op: str, state: Tensor, history: Tensor, history_count: Tensor) -> None:
+    _expect_dtype(op, "state", state, torch.int32)
+    if state.dim() != 2 or state.size(0) != STATE_ROWS:
+        _fail(op, "state", "have shape [8, S]", _shape(state))
+    _expect_contiguous(op, "state", state)
+    _expect_int32(op, "history", history, state, (state.size(1), 10, 2), "[S, 10, 2]")
+    _expect_contiguous(op, "history", history)
+    _expect_int32(op, "history_count", history_count, state, (state.size(1),), "[S]")
+    _expect_contiguous(op, "history_count", history_count)
+
+
+def state_update(state, history, history_count, seed_ids, values, mask, rules) -> None:
+    op = "state_update"
+    _expect_state(op, state, history, history_count)
+    if seed_ids.dim() != 1:
+        _fail(op, "seed_ids", "have shape [U]", f"{seed_ids.dim()} dimensions")
+    updates = seed_ids.size(0)
+    if updates > MAX_UPDATES:
+        _fail(op, "seed_ids", f"have at most {MAX_UPDATES} elements", updates)
+    _expect_int32(op, "seed_ids", seed_ids, state, (updates,), "[U]")
+    _expect_int32(op, "values", values, state, (updates, 4), "[U, 4]")
+    _expect_int32(op, "mask", mask, state, (updates,), "[U]")
+    _expect_int32(op, "rules", rules, state, (11, 11), "[11, 11]")
+
+
+def lifecycle_step(state, history, history_count, alpha, schedule: int) -> None:
+    op = "lifecycle_step"
+    _expect_state(op, state, history, history_count)
+    _expect_dtype(op, "alpha", alpha, torch.float32)
+    _expect_device(op, "alpha", alpha, "state", state.device)
+    _expect_shape(op, "alpha", alpha, (state.size(1),), "[S]")
+    _expect_contiguous(op, "alpha", alpha)
+    if not 0 <= schedule <= 3:
+        _fail(op, "schedule", "be 0 (none), 1 (linear), 2 (cosine) or 3 (sigmoid)", schedule)
+
+
+def reconstruction_loss(x, target, seed_offsets, state, blueprint_weights, op: str = "reconstruction_loss") -> None:
+    _expect_activations(op, "x", x)
+    _expect_like_x(op, "target", target, x)
+    _expect_blueprints(op, x, seed_offsets, state, blueprint_weights)
+
+
+def reconstruction_loss_backward(grad_loss, x, target, seed_offsets, state, blueprint_weights) -> None:
+    op = "reconstruction_loss_backward"
+    reconstruction_loss(x, target, seed_offsets, state, blueprint_weights, op)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    _expect_dtype(op, "grad_loss", grad_loss, wide)
+    _expect_device(op, "grad_loss", grad_loss, "x", x.device)
+    _expect_shape(op, "grad_loss", grad_loss, (seed_offsets.size(0) - 1,), "[S]")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kasmina_ext.arguments import positive
+from kasmina_ext.seed_arguments import integers
 
 CHUNKINGS = ("uniform", "balanced")
 
@@ -101,3 +107,151 @@ def chunk_offsets(hidden_dim: int, num_seeds: int, chunking: str) -> Tensor:
     else:
         raise ValueError(f"chunking must be one of {', '.join(CHUNKINGS)}, got {chunking!r}")
     return offsets.to(torch.int32)
+
+
+# ---- chunks of any tensor ------------------------------------------------------------------------
+
+
+class ChunkStatistics(NamedTuple):
+    """Of every row and chunk, ``[..., num_chunks]``; float32, or float64 for float64 input."""
+
+    mean: Tensor
+    variance: Tensor
+    """Biased: divided by the number of elements."""
+
+
+class ChunkManager:
+    """The last dimension of tensors, ``layer_dim`` wide, as ``num_chunks`` chunks of nearly equal size.
+
+    The first ``remainder`` chunks own ``chunk_size + 1`` features, the others ``chunk_size``; with
+    more chunks than features the last ones own none. ``chunk_starts`` and ``chunk_ends`` are int64
+    ``[num_chunks]``, ``chunk_indices`` is int64 ``[layer_dim]``, the chunk of each feature; they lie
+    on ``device``, by default the CPU. Tensors that are handed in may lie anywhere. ValueError for
+    one whose last dimension is not ``layer_dim``.
+    """
+
+    def __init__(self, layer_dim: int, num_chunks: int, device: torch.device | str | None = None) -> None:
+        self.layer_dim = positive("layer_dim", layer_dim)
+        self.num_chunks = positive("num_chunks", num_chunks)
+        self.chunk_size, self.remainder = divmod(self.layer_dim, self.num_chunks)
+        offsets = chunk_offsets(self.layer_dim, self.num_chunks, "balanced").long()
+        self._offsets: list[int] = offsets.tolist()
+        self.chunk_starts, self.chunk_ends = offsets[:-1].clone(), offsets[1:].clone()
+        self.chunk_indices = torch.arange(self.num_chunks, device="cpu").repeat_interleave(offsets.diff())
+        self.to("cpu" if device is None else device)
+
+    def to(self, device: torch.device | str) -> ChunkManager:
+        """Move the index tensors; returns self."""
+        self.device = torch.device(device)
+        self.chunk_starts = self.chunk_starts.to(device)
+        self.chunk_ends = self.chunk_ends.to(device)
+        self.chunk_indices = self.chunk_indices.to(device)
+        return self
+
+    def get_chunk_size(self, chunk_id: int) -> int:
+        """How many features the chunk owns; ValueError unless 0 <= chunk_id < num_chunks."""
+        if not 0 <= chunk_id < self.num_chunks:
+            raise ValueError(f"chunk_id must be in [0, {self.num_chunks}), got {chunk_id}")
+        return self._offsets[chunk_id + 1] - self._offsets[chunk_id]
+
+    def split_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """The chunks ``[..., size]``, as views: writing them is writing the tensor."""
+        self._expect_layer_dim(tensor)
+        return [tensor[..., start:end] for start, end in pairwise(self._offsets)]
+
+    def concatenate_chunks(self, chunks: Sequence[Tensor]) -> Tensor:
+        """The reverse of :meth:`split_tensor`, as a new tensor; ValueError where number or sizes do not fit."""
+        sizes, expected = [chunk.size(-1) for chunk in chunks], [end - start for start, end in pairwise(self._offsets)]
+        if sizes != expected:
+            raise ValueError(f"chunks must be {_shortened(expected)} features wide, got {_shortened(sizes)}")
+        return torch.cat(list(chunks), -1)
+
+    def apply_to_chunks(
+        self,
+        tensor: Tensor,
+        operation: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+        chunk_ids: Iterable[int] | Tensor | None = None,
+    ) -> Tensor:
+        """The tensor with ``operation(chunk)`` in place of every chunk, or of those named only.
+
+        An operation with two required arguments is given the chunk's number as well; a sequence has
+        one operation for each chunk. The result is a new tensor; its chunks may be of other widths.
+        """
+        chunks = self.split_tensor(tensor)
+        named = range(self.num_chunks) if chunk_ids is None else self._numbers(chunk_ids)
+        operations = [operation] * self.num_chunks if callable(operation) else list(operation)
+        if len(operations) != self.num_chunks:
+            raise ValueError(f"{len(operations)} operations for {self.num_chunks} chunks")
+        for number in named:
+            takes_number = _takes_two(operations[number])
+            arguments = (chunks[number], number) if takes_number else (chunks[number],)
+            chunks[number] = operations[number](*arguments)
+        return torch.cat(chunks, -1)
+
+    def create_chunk_mask(self, chunk_ids: int | Iterable[int] | Tensor) -> Tensor:
+        """bool ``[layer_dim]`` on ``device``: the features of these chunks (ids, or a bool mask ``[num_chunks]``)."""
+        chosen = torch.zeros(self.num_chunks, dtype=torch.bool, device=self.device)
+        chosen[self._numbers(chunk_ids)] = True
+        return chosen[self.chunk_indices]
+
+    def parallel_chunk_operation(self, tensor: Tensor, operation: Callable[[Tensor], Tensor]) -> Tensor:
+        """``operation`` on all chunks of one size at once, ``[..., n, size]``: two calls at most, however many chunks.
+
+        A result ``[..., n, width]`` is laid out as features again, ``[..., sum of widths]``; one that
+        is reduced to ``[..., n]`` becomes ``[..., num_chunks]``.
+        """
+        results = [operation(group) for group in self._groups(tensor)]
+        if all(result.dim() == tensor.dim() + 1 for result in results):
+            results = [result.flatten(-2) for result in results]
+        return torch.cat(results, -1)
+
+    def get_chunk_statistics(self, tensor: Tensor) -> ChunkStatistics:
+        """Mean and biased variance of every row and chunk, ``[..., num_chunks]``; NaN for a chunk without features."""
+        wide = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+        mean = self.parallel_chunk_operation(wide, lambda group: group.mean(-1))
+        variance = self.parallel_chunk_operation(
+            wide, lambda group: (group - group.mean(-1, keepdim=True)).square().mean(-1)
+        )
+        return ChunkStatistics(mean, variance)
+
+    def _groups(self, tensor: Tensor) -> list[Tensor]:
+        """Views ``[..., n, size]``: the larger chunks, and the others."""
+        self._expect_layer_dim(tensor)
+        large = self.remainder * (self.chunk_size + 1)
+        groups = []
+        if self.remainder:
+            groups.append(tensor[..., :large].unflatten(-1, (self.remainder, self.chunk_size + 1)))
+        if self.num_chunks > self.remainder:
+            groups.append(tensor[..., large:].unflatten(-1, (self.num_chunks - self.remainder, self.chunk_size)))
+        return groups
+
+    def _expect_layer_dim(self, tensor: Tensor) -> None:
+        if tensor.dim() == 0 or tensor.size(-1) != self.layer_dim:
+            raise ValueError(f"the last dimension must be layer_dim = {self.layer_dim}, got shape {list(tensor.shape)}")
+
+    def _numbers(self, chunk_ids: int | Iterable[int] | Tensor) -> list[int]:
+        chosen = integers(chunk_ids, "chunk_ids").cpu()
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (self.num_chunks,):
+                raise ValueError(f"a mask of chunks must have shape [{self.num_chunks}], got {list(chosen.shape)}")
+            chosen = chosen.nonzero()
+        numbers = list(dict.fromkeys(chosen.flatten().tolist()))
+        for number in numbers:
+            self.get_chunk_size(number)
+        return numbers
+
+    def __repr__(self) -> str:
+        return f"ChunkManager(layer_dim={self.layer_dim}, num_chunks={self.num_chunks}, device={str(self.device)!r})"
+
+
+def _takes_two(operation: Callable[..., Tensor]) -> bool:
+    try:
+        parameters = inspect.signature(operation).parameters.values()
+    except (TypeError, ValueError):  # many of torch's own functions do not say
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) >= 2
+
+
+def _shortened(sizes: list[int]) -> str:
+    return str(sizes) if len(sizes) <= 8 else f"{len(sizes)} of [{', '.join(map(str, sizes[:8]))}, ...]"

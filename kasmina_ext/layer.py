@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from os import PathLike
 from typing import Any
@@ -9,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_ext import flags, ops, reference
+from kasmina_ext import flags
+from kasmina_ext._dispatch import blend_ops
+from kasmina_ext.arguments import integer, positive
+from kasmina_ext.bank import BlueprintBank
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
-from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy
-from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager
-from kasmina_ext.state import ExtendedStateTensor, StateVar, fill_fresh, new_state, row_view
+from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, GraftingStrategyFactory
+from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionRules
+from kasmina_ext.report import SeedReport, seed_report
+from kasmina_ext.state import ExtendedStateTensor
+from kasmina_ext.state_layout import StateVar, fill_fresh, new_state, row_view
 from kasmina_ext.telemetry import legacy_buffer
 from kasmina_ext.transitions import SeedTransitions
 from kasmina_ext.wrapper import TransparentWrapper
 
 
-class KasminaLayer(SeedTransitions, TransparentWrapper):
+class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
     """``kasmina(base_layer(x))``: the output of ``base_layer``, with every grafted seed blended into its chunk.
 
     ======================  =======  ==============================================================
@@ -39,6 +45,9 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
     (``weight``, ``bias``, ``in_features``, ...) are its base layer's. Casts (``.half()``,
     ``.to(dtype)``) reach the base layer and the bank; the buffers follow devices only.
 
+    Two attributes are the user's to change: ``lifecycle_manager``, which judges single requests, and
+    ``transition_rules``, which judge requests in batches.
+
     Arguments:
         base_layer: any module that returns a tensor, or a tuple whose first element is one; that
             one is transformed.
@@ -48,8 +57,11 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
         strategy: the :class:`~kasmina_ext.grafting.GraftingStrategy` that seeds start with; the
             bank starts neutral for it.
         alpha_schedule: with "linear", "cosine" or "sigmoid", entering GRAFTING sets a seed's alpha
-            to 0 and entering STABILIZATION sets it to 1; between them set it with ``set_alpha``
-            (:func:`kasmina_ext.grafting.ramp` is the curve).
+            to 0, ``step_lifecycle`` moves it along the curve
+            (:func:`kasmina_ext.grafting.ramp`) and entering STABILIZATION sets it to 1.
+        ramp_epochs: how many epochs the curve takes; 0 or less: one step.
+        auto_advance: whether ``step_lifecycle`` moves seeds from GRAFTING to STABILIZATION when
+            they have been there for ``ramp_epochs``.
         hidden_dim, feature_dim: features of the base layer's output and their dimension, where the
             base layer does not tell.
         chunking: "balanced" (all features are owned) or "uniform" (equal chunks, the remainder is
@@ -84,6 +96,8 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
         num_blueprints: int = 2,
         strategy: GraftingStrategy | int | str = "affine",
         alpha_schedule: AlphaSchedule | int | str | None = None,
+        ramp_epochs: int = 50,
+        auto_advance: bool = False,
         hidden_dim: int | None = None,
         feature_dim: int | None = None,
         chunking: str = "balanced",
@@ -95,10 +109,10 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
         super().__init__()
         if not isinstance(base_layer, nn.Module):
             raise TypeError(f"base_layer must be a torch.nn.Module, got {type(base_layer).__name__}")
-        chunk_size = _count("chunk_size", chunk_size)
-        num_seeds = None if num_seeds is None else _count("num_seeds", num_seeds)
-        num_blueprints = _count("num_blueprints", num_blueprints)
-        hidden_dim = None if hidden_dim is None else _count("hidden_dim", hidden_dim)
+        chunk_size = positive("chunk_size", chunk_size)
+        num_seeds = None if num_seeds is None else positive("num_seeds", num_seeds)
+        num_blueprints = positive("num_blueprints", num_blueprints)
+        hidden_dim = None if hidden_dim is None else positive("hidden_dim", hidden_dim)
         found = output_features(base_layer, hidden_dim, feature_dim)
 
         self.hidden_dim = found.hidden_dim
@@ -115,9 +129,13 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
                 f"num_blueprints is {num_blueprints}"
             )
         self.alpha_schedule = AlphaSchedule.parse(alpha_schedule)
+        self.ramp_epochs = integer("ramp_epochs", ramp_epochs)
+        self.auto_advance = bool(auto_advance)
         self.telemetry_enabled = bool(telemetry)
         self.enable_kernels = bool(enable_kernels)
         self.lifecycle_manager = LifecycleManager()
+        self.transition_rules = TransitionRules.gate()
+        self.grafting_factory = GraftingStrategyFactory()
 
         if device is not None:
             base_layer.to(device)
@@ -139,6 +157,7 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
         self.blueprint_weights = nn.Parameter(bank)
         # Last: from here on, attributes that the layer lacks are looked for in the base layer.
         self.base_layer = base_layer
+        self._bring_rules()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -152,13 +171,6 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
             buffers["alpha"].fill_(1.0)
         self.reset_telemetry()
         self._reset_bank()
-
-    def _reset_bank(self) -> None:
-        """Neutral for the layer's strategy: nothing changes when a seed is grafted."""
-        bank = self.blueprint_weights
-        rows = [self.strategy.neutral[p % self.strategy.rows] for p in range(self.num_blueprints)]
-        values = torch.tensor(rows, device=bank.device)[:, None].expand(bank.shape)
-        self._write_bank(torch.ones(bank.shape, dtype=torch.bool, device=bank.device), values)
 
     # ---- forward ---------------------------------------------------------------------------------
 
@@ -185,12 +197,9 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
             seen, seen_gradients = buffers["telemetry"], buffers["grad_telemetry"]
         else:
             seen = seen_gradients = buffers["telemetry"].new_empty(0)
-        compiled = self.enable_kernels and flags.triton_kernels and flags.has_kernel(x.device, x.dtype)
-        op = ops.chunked_forward if compiled else reference.chunked_forward
-        dim = self.feature_dim
+        op = blend_ops(x.device, x.dtype, self.enable_kernels).chunked_forward
+        dim = self._dim_of_features(x)
         if dim != -1:
-            if x.dim() == self._unbatched_rank:
-                dim -= 1
             x = x.movedim(dim, -1)
         y = op(
             x,
@@ -202,6 +211,12 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
             seen_gradients,
         )
         return y if dim == -1 else y.movedim(-1, dim)
+
+    def _dim_of_features(self, x: Tensor) -> int:
+        return self.feature_dim - 1 if x.dim() == self._unbatched_rank else self.feature_dim
+
+    def _features_last(self, x: Tensor) -> Tensor:
+        return x.movedim(self._dim_of_features(x), -1)
 
     # ---- views of the state ----------------------------------------------------------------------
 
@@ -262,7 +277,20 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
         self._buffers["telemetry"].zero_()
         self._buffers["grad_telemetry"].zero_()
 
+    def seed_report(self, per: str = "seed") -> SeedReport:
+        """What each seed (``per="seed"``) or state (``per="state"``) is and has seen. Waits for the device.
+
+        A dict of rows, NaN where nothing was measured; printed it is a table, and ``.show()`` prints
+        it with rich on a terminal.
+        """
+        return seed_report(self, per)
+
     # ---- what nn.Module asks for -----------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
+        super()._apply(fn, recurse)
+        self._bring_rules()
+        return self
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -282,11 +310,12 @@ class KasminaLayer(SeedTransitions, TransparentWrapper):
             )
 
     def extra_repr(self) -> str:
+        schedule = f", alpha_schedule={self.alpha_schedule.name.lower()!r}, ramp_epochs={self.ramp_epochs}"
         return (
             f"hidden_dim={self.hidden_dim}, num_seeds={self.num_seeds}, "
             f"chunk_size={self.chunk_size}, chunking={self.chunking!r}, num_blueprints={self.num_blueprints}, "
             f"strategy={self.strategy.name.lower()!r}, feature_dim={self.feature_dim}"
-        )
+        ) + (schedule if self.alpha_schedule else "")
 
 
 class TritonChunkedKasminaLayer(KasminaLayer):
@@ -308,6 +337,8 @@ class TritonChunkedKasminaLayer(KasminaLayer):
         strategy: GraftingStrategy | int | str = "multiplicative",
         chunking: str = "uniform",
         alpha_schedule: AlphaSchedule | int | str | None = None,
+        ramp_epochs: int = 50,
+        auto_advance: bool = False,
         hidden_dim: int | None = None,
         feature_dim: int | None = None,
         telemetry: bool = True,
@@ -315,10 +346,12 @@ class TritonChunkedKasminaLayer(KasminaLayer):
     ) -> None:
         super().__init__(
             base_layer,
-            num_seeds=_count("chunks_per_layer", chunks_per_layer),
+            num_seeds=positive("chunks_per_layer", chunks_per_layer),
             num_blueprints=num_blueprints,
             strategy=strategy,
             alpha_schedule=alpha_schedule,
+            ramp_epochs=ramp_epochs,
+            auto_advance=auto_advance,
             hidden_dim=hidden_dim,
             feature_dim=feature_dim,
             chunking=chunking,
@@ -342,14 +375,6 @@ class TritonChunkedKasminaLayer(KasminaLayer):
 
     def _reset_bank(self) -> None:
         nn.init.normal_(self.blueprint_weights)
-
-
-def _count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value.__index__() < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value.__index__()
 
 
 def _home_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any
 
-from kasmina_ext.grafting import parse_choice
+import torch
+from torch import Tensor
+
+from kasmina_ext.arguments import parse_choice
 
 
 class ExtendedLifecycle(IntEnum):
@@ -48,9 +52,16 @@ class ExtendedLifecycle(IntEnum):
         return ExtendedLifecycle.TRAINING <= self <= ExtendedLifecycle.FINE_TUNING
 
 
+@torch.compiler.assume_constant_result
+def state_number(state: ExtendedLifecycle | int | str) -> int:
+    """:meth:`ExtendedLifecycle.parse` as a plain number, which is a constant while a graph is traced."""
+    return int(ExtendedLifecycle.parse(state))
+
+
 _S = ExtendedLifecycle
 
-ACTIVE_STATES = (_S.TRAINING, _S.GRAFTING, _S.FINE_TUNING)
+# Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
+ACTIVE_STATES = (int(_S.TRAINING), int(_S.GRAFTING), int(_S.FINE_TUNING))
 
 _GRAPH = {
     _S.DORMANT: (_S.GERMINATED,),
@@ -120,12 +131,12 @@ class StateTransition:
         """
         source, target = ExtendedLifecycle.parse(from_state), ExtendedLifecycle.parse(to_state)
         if target not in cls.VALID_TRANSITIONS.get(source, ()):
-            return False, f"invalid transition {source.name} -> {target.name}"
+            return False, f"Invalid transition from {source.name} to {target.name}"
         needed = cls.MIN_EPOCHS_IN_STATE.get(source, 0)
         if target is not _S.ROLLED_BACK and context.epochs_in_state < needed:
             return (
                 False,
-                f"{source.name} lasts at least {needed} epochs, it has had {context.epochs_in_state}",
+                f"Minimum epochs not met: {source.name} lasts at least {needed}, it has had {context.epochs_in_state}",
             )
         rule = _METRIC_RULES.get((source, target))
         problem = rule(context) if rule else ""
@@ -179,6 +190,9 @@ _METRIC_RULES = MappingProxyType(
 # ---- the layer's gate ----------------------------------------------------------------------------
 
 
+LEAST_EPOCHS_BEFORE_EVALUATING = 5
+
+
 class LifecycleManager:
     """The gate that single requests to a layer pass: the strict graph without its least epochs and metric rules.
 
@@ -225,10 +239,166 @@ def may_enter_grafting(context: TransitionContext) -> bool:
 
 def may_enter_evaluating(context: TransitionContext) -> bool:
     """After at least 5 epochs in the state before."""
-    return context.epochs_in_state >= 5
+    return context.epochs_in_state >= LEAST_EPOCHS_BEFORE_EVALUATING
 
 
 def may_enter_fossilized(context: TransitionContext) -> bool:
     """Not with an ``accuracy`` of 0.9 or less (nor NaN); one that is not given is no obstacle."""
     accuracy = _given(context, "accuracy")
     return accuracy is None or accuracy > 0.9
+
+
+# ---- policy as data, and what became of a request ------------------------------------------------
+
+
+class TransitionRules:
+    """Which transitions requests in batches may make, as data: least epochs in ``from``, -1 where it is illegal.
+
+    ``tensor`` is int32 ``[11, 11]`` on the CPU, ``tensor[from, to]``; do not write it, :meth:`on`
+    keeps copies. :meth:`strict`, :meth:`gate`, :meth:`any` and :meth:`recycling` make the four that
+    the package uses.
+    """
+
+    ILLEGAL = -1
+
+    def __init__(self, tensor: Tensor) -> None:
+        tensor = tensor if isinstance(tensor, Tensor) else torch.as_tensor(tensor, device="cpu")
+        states = len(ExtendedLifecycle)
+        if tensor.shape != (states, states) or tensor.is_floating_point() or tensor.is_complex():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"rules must be integers of shape [{states}, {states}], got {kind} {list(tensor.shape)}")
+        self.tensor = tensor.detach().to("cpu", torch.int32, copy=True)
+        self._on: dict[str, Tensor] = {"cpu": self.tensor}
+
+    @classmethod
+    def strict(cls) -> TransitionRules:
+        """The table of :class:`StateTransition`, without its metric rules; ROLLED_BACK needs no epochs."""
+        least = StateTransition.MIN_EPOCHS_IN_STATE
+        return cls._of(
+            (source, target, 0 if target is _S.ROLLED_BACK else least[source])
+            for source, targets in _GRAPH.items()
+            for target in targets
+        )
+
+    @classmethod
+    def gate(cls) -> TransitionRules:
+        """A fresh :class:`LifecycleManager`'s: the same graph, and only EVALUATING asks for epochs before it."""
+        return cls._of(
+            (source, target, LEAST_EPOCHS_BEFORE_EVALUATING if target is _S.EVALUATING else 0)
+            for source, targets in _GRAPH.items()
+            for target in targets
+        )
+
+    @classmethod
+    def any(cls) -> TransitionRules:
+        """From every state to every state, at once: for writes that are not transitions."""
+        return cls._of((source, target, 0) for source in _S for target in _S)
+
+    @classmethod
+    def recycling(cls) -> TransitionRules:
+        """From the terminal states that hold no blueprint (CULLED, CANCELLED, ROLLED_BACK) back to DORMANT."""
+        return cls._of((source, _S.DORMANT, 0) for source in (_S.CULLED, _S.CANCELLED, _S.ROLLED_BACK))
+
+    @classmethod
+    def _of(cls, edges: Iterable[tuple[int, int, int]]) -> TransitionRules:
+        tensor = torch.full((len(_S), len(_S)), cls.ILLEGAL, dtype=torch.int32, device="cpu")
+        for source, target, least in edges:
+            tensor[source, target] = least
+        return cls(tensor)
+
+    def scaled(self, factor: float) -> TransitionRules:
+        """All least epochs times ``factor``, rounded up: what takes an epoch still takes one, unless ``factor`` is 0."""
+        factor = float(factor)
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"factor must be a finite number of at least 0, got {factor}")
+        # The slack undoes the rounding of products such as 0.1 * 30, which would cost an epoch.
+        scaled = (self.tensor.double() * factor * (1 - 1e-12)).ceil().clamp(max=2**31 - 1)
+        return TransitionRules(torch.where(self.tensor < 0, self.tensor, scaled.int()))
+
+    def least_epochs(self, source: ExtendedLifecycle | int | str, target: ExtendedLifecycle | int | str) -> int | None:
+        """Epochs that ``source`` asks for before ``target``; None where there is no such transition."""
+        least = int(self.tensor[ExtendedLifecycle.parse(source), ExtendedLifecycle.parse(target)])
+        return None if least < 0 else least
+
+    def on(self, device: torch.device) -> Tensor:
+        """``tensor`` on a device, copied there once; never waits for the device."""
+        found = self._on.get(str(device))
+        if found is None:
+            found = self.tensor.to(device, non_blocking=True)
+            if type(found) is Tensor:  # not a tracer's stand-in
+                self._on[str(device)] = found
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TransitionRules) and torch.equal(self.tensor, other.tensor)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.tensor.flatten().tolist()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransitionRules:
+        return self  # nothing of it changes, and a copied layer finds them where it is
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor]]:
+        return TransitionRules, (self.tensor,)
+
+    def __repr__(self) -> str:
+        edges = (
+            f"{_S(source).name} -> {_S(target).name}: {self.tensor[source, target]}"
+            for source, target in (self.tensor >= 0).nonzero().tolist()
+        )
+        return f"TransitionRules({', '.join(edges)})"
+
+
+class Verdict(IntEnum):
+    """What became of a request in a batch."""
+
+    APPLIED = 0
+    SEED_OUT_OF_RANGE = 1
+    ILLEGAL_TRANSITION = 2
+    TOO_FEW_EPOCHS = 3
+    BLUEPRINT_OUT_OF_RANGE = 4
+    STRATEGY_OUT_OF_RANGE = 5
+    SUPERSEDED = 6
+    EPOCHS_OUT_OF_RANGE = 7
+
+    @property
+    def message(self) -> str:
+        """The verdict in words."""
+        return _VERDICT_MESSAGES[self]
+
+
+_VERDICT_MESSAGES = {
+    Verdict.APPLIED: "applied",
+    Verdict.SEED_OUT_OF_RANGE: "there is no such seed",
+    Verdict.ILLEGAL_TRANSITION: "the rules have no such transition",
+    Verdict.TOO_FEW_EPOCHS: "the seed has not been in its state for long enough",
+    Verdict.BLUEPRINT_OUT_OF_RANGE: "the blueprint's rows are not all in the bank",
+    Verdict.STRATEGY_OUT_OF_RANGE: "there is no such grafting strategy",
+    Verdict.SUPERSEDED: "a later request in the batch names the same seed",
+    Verdict.EPOCHS_OUT_OF_RANGE: "the epochs are negative",
+}
+
+
+def explain_verdicts(verdicts: Tensor | Iterable[int], seed_ids: Tensor | Iterable[int] | None = None) -> list[str]:
+    """A line for each request: its number, its seed where ``seed_ids`` are given, and the verdict in words.
+
+    Waits for the device. ValueError where there are not as many seeds as verdicts.
+    """
+    codes = _listed(verdicts)
+    if seed_ids is None:
+        return [f"request {k}: {_in_words(code)}" for k, code in enumerate(codes)]
+    seeds = _listed(seed_ids)
+    if len(seeds) != len(codes):
+        raise ValueError(f"{len(seeds)} seed_ids for {len(codes)} verdicts")
+    return [f"request {k}, seed {seeds[k]}: {_in_words(code)}" for k, code in enumerate(codes)]
+
+
+def _listed(values: Tensor | Iterable[int] | int) -> list[int]:
+    if isinstance(values, Tensor):
+        return values.flatten().tolist()
+    return [values] if isinstance(values, int) else list(values)
+
+
+def _in_words(code: int) -> str:
+    known = 0 <= code < len(Verdict)
+    return f"{Verdict(code).name}: {Verdict(code).message}" if known else f"unknown verdict {code}"

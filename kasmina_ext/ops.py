@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kasmina_ext import _autograd, _native, _validate, reference
+from kasmina_ext import _autograd, _native, _validate, reference, reference_lifecycle
 from kasmina_ext._schema import SCHEMAS
 
 _kasmina = torch.ops.kasmina
@@ -23,7 +23,9 @@ if not _native.available:
 _library = torch.library.Library("kasmina", "IMPL")
 
 
-def _register(name: str, fallback, fake, autograd) -> None:
+def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = ()) -> None:
+    """``versioned``: arguments that the operator writes and that a backward may have saved."""
+
     def no_vmap(*args, **kwargs):
         raise RuntimeError(f"kasmina::{name} cannot be vmapped: it updates per-layer state; call it on the whole batch")
 
@@ -31,6 +33,19 @@ def _register(name: str, fallback, fake, autograd) -> None:
     torch.library.register_fake(f"kasmina::{name}", fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
     _library.impl(name, no_vmap, "FuncTorchBatched")
+    if versioned:
+        _library.impl(name, _bumping_versions(name, versioned), "ADInplaceOrView")
+
+
+def _bumping_versions(name: str, versioned: tuple[int, ...]):
+    """C operators do not bump version counters: without this, a backward would miss that its inputs have changed."""
+
+    def bump_and_redispatch(*args):
+        torch.autograd.graph.increment_version([args[i] for i in versioned])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return getattr(_kasmina, name).default(*args)
+
+    return bump_and_redispatch
 
 
 def _below_autograd(op, *args):
@@ -115,30 +130,29 @@ def _backward_fake(
     )
 
 
-class _NoSecondDerivative(torch.autograd.Function):
+class _NoSecondDerivative(_autograd.SingleLevelFunction):
     @staticmethod
-    def forward(ctx, *args):
-        return _below_autograd(_kasmina.chunked_backward.default, *args)
+    def forward(ctx, op, *args):
+        ctx.op = op
+        return _below_autograd(op, *args)
 
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "kasmina::chunked_backward has no derivative of its own: give the layer enable_triton=False "
-            "(KasminaLayer: enable_kernels=False), or call kasmina_ext.reference.chunked_forward; "
+            f"{ctx.op._schema.name} has no derivative of its own: give the layer enable_triton=False "
+            "(KasminaLayer: enable_kernels=False), or call the function of kasmina_ext.reference; "
             "PyTorch can differentiate these twice"
         )
 
-    @classmethod
-    def apply_single_level(cls, *args):
-        with _autograd.enable_single_level_autograd_function():
-            return super(torch.autograd.Function, cls).apply(*args)
+
+def _without_derivative(op, *args):
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _NoSecondDerivative.apply_any_level(op, *args)
+    return _below_autograd(op, *args)
 
 
 def _backward_autograd(*args):
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        nested = torch._C._are_functorch_transforms_active()
-        return (_NoSecondDerivative.apply_single_level if nested else _NoSecondDerivative.apply)(*args)
-    return _below_autograd(_kasmina.chunked_backward.default, *args)
+    return _without_derivative(_kasmina.chunked_backward.default, *args)
 
 
 _NATIVE = _autograd.Backend(_forward_below_autograd, _kasmina.chunked_backward, _forward_beyond)
@@ -186,8 +200,121 @@ def _merge_autograd(telemetry, other):
     _below_autograd(_kasmina.telemetry_merge.default, telemetry, other)
 
 
+# ---- state_update ----------------------------------------------------------------------------------------------------
+
+
+def state_update(
+    state: Tensor,
+    history: Tensor,
+    history_count: Tensor,
+    seed_ids: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    rules: Tensor,
+    num_blueprints: int,
+) -> Tensor:
+    """Judge and apply U requests on the device; int32 ``[U]`` verdicts. See :mod:`kasmina_ext.reference_lifecycle`."""
+    return _kasmina.state_update(state, history, history_count, seed_ids, values, mask, rules, num_blueprints)
+
+
+def _state_update_fake(state, history, history_count, seed_ids, values, mask, rules, num_blueprints):
+    _validate.state_update(state, history, history_count, seed_ids, values, mask, rules)
+    return seed_ids.new_empty(seed_ids.size(0))
+
+
+def _state_update_autograd(*args):
+    return _below_autograd(_kasmina.state_update.default, *args)
+
+
+# ---- lifecycle_step --------------------------------------------------------------------------------------------------
+
+
+def lifecycle_step(
+    state: Tensor,
+    history: Tensor,
+    history_count: Tensor,
+    alpha: Tensor,
+    schedule: int,
+    ramp_epochs: int,
+    advance: bool,
+) -> None:
+    """One epoch for every seed. See :func:`kasmina_ext.reference_lifecycle.lifecycle_step`."""
+    _kasmina.lifecycle_step(state, history, history_count, alpha, schedule, ramp_epochs, advance)
+
+
+def _lifecycle_step_fake(state, history, history_count, alpha, schedule, ramp_epochs, advance):
+    _validate.lifecycle_step(state, history, history_count, alpha, schedule)
+
+
+def _lifecycle_step_autograd(*args):
+    _below_autograd(_kasmina.lifecycle_step.default, *args)
+
+
+# ---- reconstruction_loss ---------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(
+    x: Tensor, target: Tensor, seed_offsets: Tensor, state: Tensor, blueprint_weights: Tensor
+) -> Tensor:
+    """``[S]`` reconstruction errors of the seeds in TRAINING. See :func:`kasmina_ext.reference.reconstruction_loss`."""
+    return _kasmina.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
+
+
+def _reconstruction_fake(x, target, seed_offsets, state, blueprint_weights):
+    _validate.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
+    return x.new_empty(seed_offsets.size(0) - 1, dtype=reference.accumulation_dtype(x.dtype))
+
+
+def _reconstruction_backward_fake(grad_loss, x, target, seed_offsets, state, blueprint_weights):
+    _validate.reconstruction_loss_backward(grad_loss, x, target, seed_offsets, state, blueprint_weights)
+    return blueprint_weights.new_empty(blueprint_weights.shape)
+
+
+class _Reconstruction(_autograd.SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, x, target, seed_offsets, state, blueprint_weights):
+        ctx.save_for_backward(x, target, seed_offsets, state, blueprint_weights)
+        args = (x, target, seed_offsets, state, blueprint_weights)
+        return _below_autograd(_kasmina.reconstruction_loss.default, *args)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad = _kasmina.reconstruction_loss_backward(grad_loss, *ctx.saved_tensors)
+        return None, None, None, None, grad
+
+
+def _reconstruction_autograd(x, target, seed_offsets, state, blueprint_weights):
+    if x is None or target is None or blueprint_weights is None:
+        _validate.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
+    args = (x.detach(), target.detach(), seed_offsets, state, blueprint_weights)
+    if blueprint_weights.requires_grad and torch.is_grad_enabled():
+        return _Reconstruction.apply_any_level(*args)
+    return _below_autograd(_kasmina.reconstruction_loss.default, *args)
+
+
+def _reconstruction_backward_autograd(*args):
+    return _without_derivative(_kasmina.reconstruction_loss_backward.default, *args)
+
+
 _register("chunked_forward", reference.forward_op, _forward_fake, _forward_autograd)
 _register("chunked_backward", reference.chunked_backward, _backward_fake, _backward_autograd)
 _register("telemetry_update", reference.update_op, _validate.telemetry_update, _update_autograd)
 _register("telemetry_reduce", reference.telemetry_reduce, _reduce_fake, _reduce_autograd)
 _register("telemetry_merge", reference.telemetry_merge, _validate.telemetry_merge, _merge_autograd)
+_register(
+    "state_update", reference_lifecycle.state_update, _state_update_fake, _state_update_autograd, versioned=(0, 1, 2)
+)
+_register(
+    "lifecycle_step",
+    reference_lifecycle.lifecycle_step,
+    _lifecycle_step_fake,
+    _lifecycle_step_autograd,
+    versioned=(0, 1, 2, 3),
+)
+_register("reconstruction_loss", reference.reconstruction_loss, _reconstruction_fake, _reconstruction_autograd)
+_register(
+    "reconstruction_loss_backward",
+    reference.reconstruction_loss_backward,
+    _reconstruction_backward_fake,
+    _reconstruction_backward_autograd,
+)

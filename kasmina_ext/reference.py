@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kasmina_ext import _autograd, _validate
 
-GRAFTING, FOSSILIZED = 3, 7
+TRAINING, GRAFTING, FOSSILIZED = 2, 3, 7
 MULTIPLICATIVE, ADDITIVE, MIXED, AFFINE = range(4)
 
 # A merge reads and writes: two threads on one accumulator would lose a batch.
@@ -63,21 +63,32 @@ def feature_owner(seed_offsets: Tensor, features: int) -> tuple[Tensor, Tensor]:
     return torch.where(owned, owner, 0), owned
 
 
-def _features(seed_offsets: Tensor, state: Tensor, alpha: Tensor, weights: Tensor, accumulate: torch.dtype) -> Features:
+def _features(
+    seed_offsets: Tensor,
+    state: Tensor,
+    alpha: Tensor,
+    weights: Tensor,
+    accumulate: torch.dtype,
+    first: int = GRAFTING,
+    last: int = FOSSILIZED,
+) -> Features:
+    """Seeds take part (`grafted`) in the states from ``first`` to ``last``."""
     num_blueprints, features = weights.shape
     owner, owned = feature_owner(seed_offsets, features)
     lifecycle, blueprint, _, strategy = (row[owner] for row in state[:4])
-    last = blueprint.long() + (strategy == AFFINE)
-    grafted = owned & (lifecycle >= GRAFTING) & (lifecycle <= FOSSILIZED)
+    final = blueprint.long() + (strategy == AFFINE)
+    grafted = owned & (lifecycle >= first) & (lifecycle <= last)
     grafted &= (strategy >= MULTIPLICATIVE) & (strategy <= AFFINE)
-    grafted &= (blueprint >= 0) & (last < num_blueprints)
+    grafted &= (blueprint >= 0) & (final < num_blueprints)
     row = torch.where(grafted, blueprint.long(), 0)
-    following = torch.where(grafted, last, 0)
+    following = torch.where(grafted, final, 0)
     if num_blueprints == 0:
         w = v = torch.ones(features, dtype=accumulate, device=weights.device)
     else:
-        w = weights.gather(0, row[None])[0].to(accumulate)
-        v = weights.gather(0, following[None])[0].to(accumulate)
+        # Indexed, not gathered: the derivative of a gather adds atomically, which loses what is denormal on a GPU.
+        column = torch.arange(features, device=weights.device)
+        w = weights[row, column].to(accumulate)
+        v = weights[following, column].to(accumulate)
     trains = grafted & (lifecycle != FOSSILIZED)
     return Features(
         owner=owner,
@@ -300,10 +311,13 @@ def _update(x: Tensor, seed_offsets: Tensor, telemetry: Tensor) -> None:
         finite = torch.isfinite(wide)
         wide = torch.where(finite, wide, 0.0)
         count = by_seed(finite)
-        mean = by_seed(wide) / count.clamp(min=1)
+        # Divided before they are summed: numbers near the end of the range have a mean, but no sum.
+        each = count.clamp(min=1)[owner]
+        mean = by_seed(wide / each)
         deviation = torch.where(finite, wide - mean[owner], 0.0)
         # The mean is only known to rounding: what is left of the deviations' sum corrects both moments.
-        residue = by_seed(deviation) / count.clamp(min=1)
+        residue = by_seed(deviation / each)
+        residue = torch.where(torch.isfinite(residue), residue, 0.0)
         batch[:, 0] = count
         batch[:, 1] = mean + residue
         batch[:, 2] = (by_seed(deviation * deviation) - count * residue * residue).clamp(min=0)
@@ -322,17 +336,15 @@ def _joined(telemetry: Tensor, other: Tensor) -> Tensor:
     total = count + count_b
     share = torch.where(total > 0, count_b / total, 0.0)
     delta = mean_b - mean
-    return torch.stack(
-        (
-            total,
-            # A side without elements leaves the other's bits alone.
-            torch.where(count_b == 0, mean, torch.where(count == 0, mean_b, mean + delta * share)),
-            torch.where(count_b == 0, m2, torch.where(count == 0, m2_b, m2 + m2_b + delta * delta * count * share)),
-            telemetry[:, 3] + other[:, 3],
-            telemetry[:, 4] + other[:, 4],
-        ),
-        1,
-    )
+    # Means at opposite ends of the range: their distance overflows, their average does not.
+    average = torch.where(torch.isfinite(delta), mean + delta * share, mean * (1 - share) + mean_b * share)
+    squares = m2 + m2_b + delta * delta * count * share
+    # A side without elements leaves the other's bits alone.
+    mean = torch.where(count_b == 0, mean, torch.where(count == 0, mean_b, average))
+    m2 = torch.where(count_b == 0, m2, torch.where(count == 0, m2_b, squares))
+    # inf - inf is a sum of squares beyond float64.
+    m2 = torch.where(torch.isnan(m2), torch.inf, m2)
+    return torch.stack((total, mean, m2, telemetry[:, 3] + other[:, 3], telemetry[:, 4] + other[:, 4]), 1)
 
 
 def telemetry_reduce(telemetry: Tensor) -> Tensor:
@@ -348,6 +360,53 @@ def telemetry_merge(telemetry: Tensor, other: Tensor) -> None:
     """Join ``other`` into ``telemetry``: as if ``telemetry`` had seen both sets of activations."""
     _validate.telemetry_merge(telemetry, other)
     _merge(telemetry, other)
+
+
+# ---- reconstruction_loss ---------------------------------------------------------------------------------------------
+
+
+def reconstruction_loss(
+    x: Tensor, target: Tensor, seed_offsets: Tensor, state: Tensor, blueprint_weights: Tensor
+) -> Tensor:
+    """``[S]``: mean of ``(g(x, w) - target)^2`` over the chunks of seeds in TRAINING, 0 for all others.
+
+    ``x`` and ``target`` are ``(..., H)`` of one dtype and taken as constants; the loss is float32 (float64 for a float64
+    ``x``) and differentiable in ``blueprint_weights``. ``g`` is the strategy's blend at alpha 1.
+    """
+    _validate.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
+    return _reconstruction(x.detach(), target.detach(), seed_offsets, state, blueprint_weights)
+
+
+def _reconstruction(x, target, seed_offsets, state, blueprint_weights) -> Tensor:
+    seeds, features = seed_offsets.size(0) - 1, x.size(-1)
+    accumulate = accumulation_dtype(x.dtype)
+    if seeds == 0 or x.numel() == 0 or blueprint_weights.size(0) == 0:
+        # Through none of the bank, so that the loss has a derivative, which is 0.
+        return blueprint_weights[:0].sum().to(accumulate) + x.new_zeros(seeds, dtype=accumulate)
+    alpha = x.new_ones(seeds, dtype=torch.float32)
+    f = _features(seed_offsets, state, alpha, blueprint_weights, accumulate, TRAINING, TRAINING)
+    # In float64, where no square of a small residual vanishes.
+    w, v = f.w.double(), f.v.double()
+    slope = torch.where(f.strategy == MIXED, 0.5, torch.where(f.strategy == ADDITIVE, 1.0, w))
+    added = torch.where(f.strategy == AFFINE, v, 0.0)
+    added = torch.where(f.strategy == ADDITIVE, w, torch.where(f.strategy == MIXED, w / 2, added))
+    residual = slope * x.double() + added - target.double()
+    # Seeds that take no part may hold what is not finite.
+    squares = torch.where(f.grafted, residual, 0.0).square().reshape(-1, features)
+    total = _sum_by_seed(f, squares.sum(0), seeds)
+    owned = _sum_by_seed(f, f.owned.double(), seeds) * (x.numel() // features)
+    return (total / owned.clamp(min=1)).to(accumulate)
+
+
+def reconstruction_loss_backward(
+    grad_loss: Tensor, x: Tensor, target: Tensor, seed_offsets: Tensor, state: Tensor, blueprint_weights: Tensor
+) -> Tensor:
+    """``[P, H]`` in the bank's dtype: the derivative of :func:`reconstruction_loss`, weighted by ``grad_loss [S]``."""
+    _validate.reconstruction_loss_backward(grad_loss, x, target, seed_offsets, state, blueprint_weights)
+    with torch.enable_grad():
+        bank = blueprint_weights.detach().requires_grad_()
+        loss = _reconstruction(x.detach(), target.detach(), seed_offsets, state, bank)
+        return torch.autograd.grad(loss, bank, grad_loss)[0].contiguous()
 
 
 _REFERENCE = _autograd.Backend(_blend, _gradients, _blend)

@@ -1,43 +1,37 @@
-"""The one state tensor: its rows, and the API of the Triton package as a face on it."""
+"""The one state tensor, and the API of the Triton package as a face on it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import IntEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.grafting import GraftingStrategy
-from kasmina_ext.lifecycle import ACTIVE_STATES, ExtendedLifecycle
+from kasmina_ext.lifecycle import ACTIVE_STATES, ExtendedLifecycle, TransitionRules, state_number
+from kasmina_ext.seed_arguments import (
+    SeedIds,
+    batch_values,
+    checked_seed_id,
+    integers,
+    is_single,
+    last_of_each,
+)
+from kasmina_ext.state_layout import (
+    HISTORY_LENGTH,
+    INT32_MAX,
+    INT32_MIN,
+    NO_ID,
+    PerformanceColumn,
+    StateVar,
+    fill_fresh,
+    new_state,
+    row_view,
+)
 
-
-class StateVar(IntEnum):
-    """Rows of ``state``, int32 ``[8, S]``."""
-
-    LIFECYCLE_STATE = 0
-    BLUEPRINT_ID = 1
-    EPOCHS_IN_STATE = 2
-    GRAFTING_STRATEGY = 3
-    PARENT_STATE = 4
-    CHECKPOINT_ID = 5
-    EVALUATION_SCORE = 6
-    ERROR_COUNT = 7
-
-
-class PerformanceColumn(IntEnum):
-    """Columns of ``performance_metrics``, float32 ``[S, 4]``."""
-
-    LOSS = 0
-    ACCURACY = 1
-    STABILITY = 2
-    EFFICIENCY = 3
-
-
-HISTORY_LENGTH = 10
-NO_ID = -1
-_INT32_MAX = 2**31 - 1
+__all__ = ["ExtendedStateTensor", "PerformanceColumn", "SeedIds", "StateVar"]
 
 _NAMES = {
     "lifecycle": StateVar.LIFECYCLE_STATE,
@@ -63,58 +57,24 @@ _PARSERS = {
 # Least and greatest value of each variable; the bank's size bounds blueprints where it is known.
 _RANGES = {
     StateVar.LIFECYCLE_STATE: (0, len(ExtendedLifecycle) - 1),
-    StateVar.BLUEPRINT_ID: (NO_ID, _INT32_MAX),
-    StateVar.EPOCHS_IN_STATE: (0, _INT32_MAX),
+    StateVar.BLUEPRINT_ID: (NO_ID, INT32_MAX - 1),
+    StateVar.EPOCHS_IN_STATE: (0, INT32_MAX),
     StateVar.GRAFTING_STRATEGY: (0, len(GraftingStrategy) - 1),
     StateVar.PARENT_STATE: (0, len(ExtendedLifecycle) - 1),
-    StateVar.CHECKPOINT_ID: (NO_ID, _INT32_MAX),
-    StateVar.EVALUATION_SCORE: (-_INT32_MAX - 1, _INT32_MAX),
-    StateVar.ERROR_COUNT: (0, _INT32_MAX),
+    StateVar.CHECKPOINT_ID: (NO_ID, INT32_MAX),
+    StateVar.EVALUATION_SCORE: (INT32_MIN, INT32_MAX),
+    StateVar.ERROR_COUNT: (0, INT32_MAX),
 }
 
-SeedIds = int | Iterable[int] | Tensor | slice | None
-"""Seeds: an id, a list or tensor of ids, a bool mask ``[S]``, a slice, or None for all of them."""
-
-
-def new_state(num_seeds: int, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """The tensors of ``num_seeds`` seeds, not filled: see :func:`fill_fresh`."""
-    return {
-        "state": torch.empty((len(StateVar), num_seeds), dtype=torch.int32, device=device),
-        "history": torch.empty((num_seeds, HISTORY_LENGTH, 2), dtype=torch.int32, device=device),
-        "history_count": torch.empty(num_seeds, dtype=torch.int32, device=device),
-        "performance_metrics": torch.empty((num_seeds, len(PerformanceColumn)), dtype=torch.float32, device=device),
-    }
-
-
-def fill_fresh(tensors: Mapping[str, Tensor]) -> None:
-    """Every seed dormant, without blueprint, checkpoint or history."""
-    for name in ("state", "history", "history_count", "performance_metrics"):
-        tensors[name].zero_()
-    tensors["state"][StateVar.BLUEPRINT_ID] = NO_ID
-    tensors["state"][StateVar.CHECKPOINT_ID] = NO_ID
-
-
-def checked_seed_id(seed_id: int, num_seeds: int) -> int:
-    """``seed_id`` as an int; ValueError unless 0 <= seed_id < num_seeds, TypeError for what is no integer."""
-    if isinstance(seed_id, bool) or not hasattr(seed_id, "__index__"):
-        raise TypeError(f"seed_id must be an integer, got {type(seed_id).__name__}")
-    seed = seed_id.__index__()
-    if not 0 <= seed < num_seeds:
-        raise ValueError(f"seed_id must be in [0, {num_seeds}), got {seed}")
-    return seed
-
-
-def row_view(variable: StateVar, doc: str) -> property:
-    """A property: the row of ``_buffers["state"]`` as a view; assigning to it writes the row."""
-
-    def get(self) -> Tensor:
-        return self._buffers["state"][variable]
-
-    def put(self, values: Tensor | int) -> None:
-        with torch.no_grad():
-            self._buffers["state"][variable].copy_(torch.as_tensor(values))
-
-    return property(get, put, doc=doc)
+ANY_TRANSITION = TransitionRules.any()
+STRICT = TransitionRules.strict()
+# Columns of a batched request's values, and the bits of its mask.
+REQUEST_BITS = {
+    StateVar.LIFECYCLE_STATE: 1,
+    StateVar.BLUEPRINT_ID: 2,
+    StateVar.EPOCHS_IN_STATE: 4,
+    StateVar.GRAFTING_STRATEGY: 8,
+}
 
 
 class ExtendedStateTensor:
@@ -125,6 +85,17 @@ class ExtendedStateTensor:
     from any device; an id out of range is a ValueError and writes nothing. Methods that take ids or
     return Python values wait for the device.
     """
+
+    (
+        LIFECYCLE_STATE,
+        BLUEPRINT_ID,
+        EPOCHS_IN_STATE,
+        GRAFTING_STRATEGY,
+        PARENT_STATE,
+        CHECKPOINT_ID,
+        EVALUATION_SCORE,
+        ERROR_COUNT,
+    ) = StateVar
 
     def __init__(self, num_seeds: int, device: torch.device | str | None = None) -> None:
         if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 0:
@@ -183,13 +154,15 @@ class ExtendedStateTensor:
 
     def get_state(self, seed_ids: SeedIds = None) -> Tensor:
         """Lifecycle states, int32, one for each of ``seed_ids``; a scalar tensor for a single id."""
-        if _is_single(seed_ids):
-            return self.lifecycle_states[checked_seed_id(seed_ids, self.num_seeds)]
-        return self.lifecycle_states[self.ids(seed_ids)]
+        return self._read(StateVar.LIFECYCLE_STATE, seed_ids)
+
+    def get_rollback_states(self, seed_ids: SeedIds = None) -> Tensor:
+        """The states that these seeds were in before, PARENT_STATE, in the form of :meth:`get_state`."""
+        return self._read(StateVar.PARENT_STATE, seed_ids)
 
     def get_seeds_in_state(self, state: ExtendedLifecycle | int | str) -> Tensor:
         """int64: the seeds in ``state``, in order."""
-        return (self.lifecycle_states == ExtendedLifecycle.parse(state)).nonzero().flatten()
+        return (self.lifecycle_states == state_number(state)).nonzero().flatten()
 
     def get_active_seeds_mask(self) -> Tensor:
         """bool ``[S]``: TRAINING, GRAFTING or FINE_TUNING."""
@@ -212,6 +185,26 @@ class ExtendedStateTensor:
         newest_first = (ring[(count - 1 - k) % HISTORY_LENGTH] for k in range(min(count, HISTORY_LENGTH)))
         return [(_named(source), _named(target)) for source, target in newest_first]
 
+    def validate_transitions(
+        self,
+        seed_ids: SeedIds,
+        target_states: ExtendedLifecycle | int | str | Iterable | Tensor,
+        rules: TransitionRules = STRICT,
+    ) -> Tensor:
+        """bool, one for each of ``seed_ids``: whether ``rules`` allow this transition now. Changes nothing.
+
+        The rules' default is the strict table with its least epochs. A target that is no state is
+        False.
+        """
+        ids = self.ids(seed_ids)
+        state, states = self._buffers["state"], len(ExtendedLifecycle)
+        target = batch_values(target_states, "target_states", state_number, like=ids.int())
+        source = state[StateVar.LIFECYCLE_STATE, ids]
+        known = (source >= 0) & (source < states) & (target >= 0) & (target < states)
+        pair = (source.clamp(0, states - 1).long(), target.clamp(0, states - 1).long())
+        least = rules.on(self.device)[pair]
+        return known & (least >= 0) & (state[StateVar.EPOCHS_IN_STATE, ids] >= least)
+
     def to_dict(self) -> dict[str, Any]:
         """Copies on the CPU of everything, for :meth:`from_dict`; safe for ``torch.save`` with ``weights_only``."""
         return {
@@ -219,20 +212,20 @@ class ExtendedStateTensor:
             "state_tensor": self.state_tensor.detach().to("cpu", copy=True).contiguous(),
             "transition_history": self.transition_history.detach().to("cpu", copy=True),
             "history_count": self.history_count.detach().to("cpu", copy=True),
+            "history_pointers": self.history_pointers.to("cpu"),
             "performance_metrics": self.performance_metrics.detach().to("cpu", copy=True),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], device: torch.device | str | None = None) -> ExtendedStateTensor:
-        """What :meth:`to_dict` gave, as a state of its own; ValueError for an entry that is missing or does not fit."""
-        missing = {
-            "num_seeds",
-            "state_tensor",
-            "transition_history",
-            "history_count",
-            "performance_metrics",
-        }
-        missing -= data.keys()
+        """What :meth:`to_dict` gave, as a state of its own; ValueError for an entry that is missing or does not fit.
+
+        A dict with ``history_pointers`` alone has forgotten how often its ring went round.
+        """
+        if "history_count" not in data and "history_pointers" in data:
+            data = {**data, "history_count": data["history_pointers"]}
+        needed = {"num_seeds", "state_tensor", "transition_history", "history_count", "performance_metrics"}
+        missing = needed - data.keys()
         if missing:
             raise ValueError(f"the dict has no {', '.join(sorted(missing))}")
         fresh = cls(data["num_seeds"], device)
@@ -264,7 +257,8 @@ class ExtendedStateTensor:
         evaluation_score, error_count, also with ``_state``, ``_id`` or ``_in_state`` as in
         :class:`StateVar`. Where the lifecycle changes, PARENT_STATE is written, the epochs start at
         0 (unless given) and the transition is recorded. Everything is checked before anything is
-        written; of a seed named twice the last counts.
+        written; of a seed named twice the last counts. A seed whose lifecycle is no state at all
+        (written through a view) counts as DORMANT.
         """
         self.write(*self.checked(seed_ids, updates))
 
@@ -272,14 +266,15 @@ class ExtendedStateTensor:
         """What :meth:`update_state` is given, as distinct ids and one value for each; errors as
         there. Writes nothing.
         """
-        unknown = [name for name in updates if name not in _NAMES]
-        if unknown:
-            raise ValueError(f"unknown state variable {unknown[0]!r}; known are {', '.join(_NAMES)}")
         ids = self.ids(seed_ids)
-        values = {_NAMES[name]: self._values(_NAMES[name], value, ids) for name, value in updates.items()}
-        if len(values) < len(updates):
-            raise ValueError(f"a state variable is named twice: {', '.join(updates)}")
-        kept = _last_of_each(ids, self.num_seeds)
+        variables = [_variable(name) for name in updates]
+        if len(set(variables)) < len(variables):
+            raise ValueError(f"a state variable is named twice: {', '.join(map(str, updates))}")
+        values = {
+            variable: self._values(variable, value, ids)
+            for variable, value in zip(variables, updates.values(), strict=True)
+        }
+        kept = last_of_each(ids, self.num_seeds)
         if kept is None:
             return ids, values
         return ids[kept], {variable: value[kept] for variable, value in values.items()}
@@ -287,17 +282,28 @@ class ExtendedStateTensor:
     def write(self, ids: Tensor, values: Mapping[StateVar, Tensor]) -> None:
         """Write what :meth:`checked` gave. A lifecycle that stays as it is makes no transition."""
         state = self._buffers["state"]
+        zeros = torch.zeros_like(ids, dtype=state.dtype)
+        if StateVar.LIFECYCLE_STATE in values:  # the operator refuses what starts from no state
+            lifecycle = state[StateVar.LIFECYCLE_STATE]
+            source = lifecycle[ids]
+            known = (source >= 0) & (source < len(ExtendedLifecycle))
+            lifecycle[ids] = torch.where(known, source, ExtendedLifecycle.DORMANT)
+        bits = sum(bit for variable, bit in REQUEST_BITS.items() if variable in values)
+        if bits:
+            lifecycle_ops(state.device).state_update(
+                state,
+                self._buffers["history"],
+                self._buffers["history_count"],
+                ids.to(state.dtype),
+                torch.stack([values.get(variable, zeros) for variable in REQUEST_BITS], 1),
+                zeros + bits,
+                ANY_TRANSITION.on(state.device),
+                INT32_MAX if self._num_blueprints is None else self._num_blueprints,
+            )
         with torch.no_grad():
-            target = values.get(StateVar.LIFECYCLE_STATE)
-            if target is not None:
-                source = state[StateVar.LIFECYCLE_STATE, ids]
-                changed = source != target
-                moved, source, arrived = ids[changed], source[changed], target[changed]
-                state[StateVar.PARENT_STATE, moved] = source
-                state[StateVar.EPOCHS_IN_STATE, moved] = 0
-                self._record(moved, source, arrived)
             for variable, value in values.items():
-                state[variable, ids] = value
+                if variable not in REQUEST_BITS:
+                    state[variable, ids] = value
 
     def increment_epochs(self, seed_ids: SeedIds = None) -> None:
         """One epoch more in its state, for these seeds or for all."""
@@ -311,17 +317,21 @@ class ExtendedStateTensor:
         self.update_state(seed_ids, updates)
 
     def update_performance(self, seed_ids: SeedIds, metrics: Mapping[str, Any] | Tensor) -> None:
-        """Metrics by name (loss, accuracy, stability, efficiency), or all four as a tensor ``[..., 4]``."""
+        """Metrics by name (loss, accuracy, stability, efficiency), one for all seeds or one for each, or all four as a
+        tensor ``[4]`` or ``[U, 4]``. Of a seed named twice the last counts.
+        """
         ids, table = self.ids(seed_ids), self.performance_metrics
-        if not isinstance(metrics, Mapping):
-            table[ids] = torch.as_tensor(metrics, dtype=table.dtype).to(table.device)
-            return
-        known = {column.name.lower(): column for column in PerformanceColumn}
-        for name in metrics:
-            if name not in known:
-                raise ValueError(f"unknown metric {name!r}; known are {', '.join(known)}")
-        for name, value in metrics.items():
-            table[ids, known[name]] = torch.as_tensor(value, dtype=table.dtype).to(table.device)
+        rows = table[ids]
+        if isinstance(metrics, Mapping):
+            columns = {column.name.lower(): rows[:, column] for column in PerformanceColumn}
+            for name, value in metrics.items():
+                if name not in columns:
+                    raise ValueError(f"unknown metric {name!r}; known are {', '.join(columns)}")
+                _fill(columns[name], value, name)
+        else:
+            _fill(rows, metrics, "metrics")
+        kept = last_of_each(ids, self.num_seeds)
+        table[ids if kept is None else ids[kept]] = rows if kept is None else rows[kept]
 
     def increment_error_count(self, seed_ids: SeedIds) -> None:
         """One error more for each of these seeds."""
@@ -342,9 +352,9 @@ class ExtendedStateTensor:
         if seed_ids is None or isinstance(seed_ids, slice):
             every = torch.arange(self.num_seeds, device=self.device)
             return every if seed_ids is None else every[seed_ids]
-        if _is_single(seed_ids):
+        if is_single(seed_ids):
             return torch.tensor([checked_seed_id(seed_ids, self.num_seeds)], device=self.device)
-        ids = _integers(seed_ids, "seed_ids").to(self.device)
+        ids = integers(seed_ids, "seed_ids").to(self.device)
         if ids.dtype == torch.bool:
             if ids.shape != (self.num_seeds,):
                 raise ValueError(f"a mask of seeds must have shape [{self.num_seeds}], got {list(ids.shape)}")
@@ -358,11 +368,11 @@ class ExtendedStateTensor:
     def _values(self, variable: StateVar, value: Any, ids: Tensor) -> Tensor:
         """int32 values, one for each of ``ids``; ValueError for one out of range or another number of them."""
         parse = _PARSERS.get(variable)
-        if parse is not None and (isinstance(value, (str, int)) or _is_single(value)):
+        if parse is not None and (isinstance(value, (str, int)) or is_single(value)):
             value = parse(value)
         elif parse is not None and not isinstance(value, Tensor):
             value = [parse(one) for one in value]
-        values = _integers(value, variable.name)
+        values = integers(value, variable.name)
         if values.dtype == torch.bool:
             raise TypeError(f"{variable.name} must be integers, got bool")
         values = values.long()  # a comparison in a narrower type would wrap
@@ -380,50 +390,35 @@ class ExtendedStateTensor:
             raise ValueError(f"{values.numel()} values of {variable.name} for {ids.numel()} seeds")
         return values
 
-    def _record(self, ids: Tensor, source: Tensor, target: Tensor) -> None:
-        history, count = self._buffers["history"], self._buffers["history_count"]
-        history[ids, (count[ids] % HISTORY_LENGTH).long()] = torch.stack((source, target), 1)
-        count[ids] += 1
+    def _read(self, variable: StateVar, seed_ids: SeedIds) -> Tensor:
+        row = self._buffers["state"][variable]
+        single = is_single(seed_ids)
+        return row[checked_seed_id(seed_ids, self.num_seeds) if single else self.ids(seed_ids)]
 
     def _add(self, variable: StateVar, seed_ids: SeedIds) -> None:
-        row = self._buffers["state"][variable]
+        """One more for each time that a seed is named; the greatest int32 stays."""
+        row, ids = self._buffers["state"][variable], self.ids(seed_ids)
+        added = torch.zeros_like(row, dtype=torch.int64)
+        added.index_put_((ids,), torch.ones_like(ids), accumulate=True)
         with torch.no_grad():
-            if seed_ids is None:
-                row += 1
-            else:
-                ids = self.ids(seed_ids)
-                row.index_put_((ids,), torch.ones_like(ids, dtype=row.dtype), accumulate=True)
+            row.copy_((row + added).clamp(max=INT32_MAX))
 
 
-def _is_single(seed_ids: object) -> bool:
-    """An int, or what stands for one: a NumPy integer, a scalar tensor."""
-    if isinstance(seed_ids, Tensor):
-        return seed_ids.dim() == 0
-    return hasattr(seed_ids, "__index__") and not hasattr(seed_ids, "__len__")
+def _variable(name: str | StateVar) -> StateVar:
+    """The row that a key of :meth:`ExtendedStateTensor.update_state` means."""
+    if isinstance(name, StateVar):
+        return name
+    variable = _NAMES.get(name.lower()) if isinstance(name, str) else None
+    if variable is None:
+        raise ValueError(f"unknown state variable {name!r}; known are {', '.join(_NAMES)}")
+    return variable
 
 
-def _integers(values: Any, what: str) -> Tensor:
-    """As a tensor of integers or bools; TypeError for anything else."""
-    if isinstance(values, Iterable) and not isinstance(values, Tensor) and not hasattr(values, "__array__"):
-        values = list(values)
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = ValueError if "verflow" in str(error) else TypeError  # torch's own type for it varies
-        raise kind(f"{what} must be integers: {error}") from None
-    if tensor.numel() == 0 and not isinstance(values, Tensor):
-        return tensor.long()  # an empty list is float32 to torch
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{what} must be integers, got {str(tensor.dtype).removeprefix('torch.')}")
-    return tensor
-
-
-def _last_of_each(ids: Tensor, num_seeds: int) -> Tensor | None:
-    """Positions of the last occurrence of each id; None where all are distinct."""
-    order = torch.arange(ids.numel(), device=ids.device)
-    last = order.new_full((num_seeds,), -1).scatter_reduce_(0, ids, order, "amax")
-    kept = last[ids] == order
-    return None if kept.all() else kept
+def _fill(target: Tensor, value: Any, name: str) -> None:
+    value = torch.as_tensor(value, dtype=target.dtype).to(target.device)
+    if value.dim() and value.shape not in (target.shape, target.shape[1:]):
+        raise ValueError(f"{name} must have shape {list(target.shape)}, got {list(value.shape)}")
+    target.copy_(value)
 
 
 def _named(state: int) -> int:

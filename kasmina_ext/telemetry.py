@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kasmina_ext import ops
 from kasmina_ext.grafting import GraftingStrategy
-from kasmina_ext.state import StateVar
+from kasmina_ext.state_layout import StateVar
 
 if TYPE_CHECKING:
     from kasmina_ext.layer import KasminaLayer
@@ -56,17 +56,24 @@ def legacy_buffer(telemetry: Tensor) -> Tensor:
     return torch.stack((mean * count, m2 + count * mean * mean, count, batches), 1).float()
 
 
-def potential(layer: KasminaLayer) -> Tensor:
+def potential(layer: KasminaLayer, since: Tensor | None = None) -> Tensor:
     """float64 ``[S]``: how much a neutral blueprint in each seed would receive of the gradient, per backward pass.
 
     The sum of u^2 for MULTIPLICATIVE seeds, of v^2 for ADDITIVE and MIXED ones, both for AFFINE:
     seeds germinate in the order of it. NaN where not measured (no backward pass yet, or telemetry
-    off) and for an unknown strategy.
+    off) and for an unknown strategy. ``since`` is an earlier copy of the layer's ``grad_telemetry``:
+    what it held already does not count, unless the telemetry was reset in between.
     """
-    sum_u2, sum_v2, backwards = layer._buffers["grad_telemetry"].unbind(1)
+    seen = layer._buffers["grad_telemetry"]
+    if since is not None:
+        backwards = GradTelemetryColumn.BACKWARDS
+        seen = torch.where((seen[:, backwards] >= since[:, backwards])[:, None], seen - since, seen)
+    sum_u2, sum_v2, backwards = seen.unbind(1)
     strategy = layer._buffers["state"][StateVar.GRAFTING_STRATEGY]
-    multiplies = (strategy == GraftingStrategy.MULTIPLICATIVE) | (strategy == GraftingStrategy.AFFINE)
+    # Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
+    multiplicative, affine = int(GraftingStrategy.MULTIPLICATIVE), int(GraftingStrategy.AFFINE)
+    multiplies = (strategy == multiplicative) | (strategy == affine)
     known = (strategy >= 0) & (strategy < len(GraftingStrategy))
-    adds = known & (strategy != GraftingStrategy.MULTIPLICATIVE)
+    adds = known & (strategy != multiplicative)
     total = torch.where(multiplies, sum_u2, 0.0) + torch.where(adds, sum_v2, 0.0)
     return torch.where(known & (backwards > 0), total / backwards, torch.nan)

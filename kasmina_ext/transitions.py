@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasmina_ext import reference
-from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy
-from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionContext
-from kasmina_ext.state import ExtendedStateTensor, SeedIds, StateVar, checked_seed_id
-from kasmina_ext.telemetry import TelemetryColumn
+from kasmina_ext._dispatch import lifecycle_ops
+from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, strategy_number
+from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionContext, TransitionRules, state_number
+from kasmina_ext.seed_arguments import SeedIds, batch_ids, batch_values, checked_seed_id, on_device
+from kasmina_ext.state import REQUEST_BITS, ExtendedStateTensor
+from kasmina_ext.state_layout import StateVar
 
 _METADATA_VARIABLES = (
     "blueprint",
@@ -22,23 +23,32 @@ _METADATA_VARIABLES = (
     "epochs",
     "epochs_in_state",
 )
-_ALPHA_ON_ENTRY = {ExtendedLifecycle.GRAFTING: 0.0, ExtendedLifecycle.STABILIZATION: 1.0}
+# Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
+_GERMINATED, _GRAFTING, _STABILIZATION = map(
+    int, (ExtendedLifecycle.GERMINATED, ExtendedLifecycle.GRAFTING, ExtendedLifecycle.STABILIZATION)
+)
+_AFFINE = int(GraftingStrategy.AFFINE)
+_RECYCLING = TransitionRules.recycling()
+_SETS_LIFECYCLE = REQUEST_BITS[StateVar.LIFECYCLE_STATE]
+_SETS_BLUEPRINT = REQUEST_BITS[StateVar.BLUEPRINT_ID]
+_SETS_STRATEGY = REQUEST_BITS[StateVar.GRAFTING_STRATEGY]
 
 
 class SeedTransitions:
-    """The part of :class:`~kasmina_ext.layer.KasminaLayer` that changes seeds; a class of its own
-    only for its length.
-    """
+    """The part of :class:`~kasmina_ext.layer.KasminaLayer` that changes seeds."""
 
     num_seeds: int
     num_blueprints: int
-    hidden_dim: int
     alpha_schedule: AlphaSchedule
+    ramp_epochs: int
+    auto_advance: bool
+    enable_kernels: bool
     lifecycle_manager: LifecycleManager
+    transition_rules: TransitionRules
     extended_state: ExtendedStateTensor
     device: torch.device
 
-    # ---- changing seeds --------------------------------------------------------------------------
+    # ---- one seed --------------------------------------------------------------------------------
 
     def request_state_transition(
         self,
@@ -62,11 +72,12 @@ class SeedTransitions:
         target = ExtendedLifecycle.parse(target_state)
         metadata = dict(metadata or {})
         updates = {key: metadata[key] for key in _METADATA_VARIABLES if metadata.get(key) is not None}
-        current = self._buffers["state"][:, seed].tolist()
+        state = self._buffers["state"]
+        current = state[:, seed].tolist()
         germinates = target is ExtendedLifecycle.GERMINATED
         if germinates and current[StateVar.BLUEPRINT_ID] < 0 and not updates.keys() & {"blueprint", "blueprint_id"}:
             updates["blueprint"] = 0
-        checked = self._checked(seed, {"lifecycle": target, **updates})
+        ids, values = self._checked(seed, updates)
         if not 0 <= current[StateVar.LIFECYCLE_STATE] < len(ExtendedLifecycle):
             return False
         context = TransitionContext(
@@ -80,12 +91,153 @@ class SeedTransitions:
         )
         if not self.lifecycle_manager.request_transition(context):
             return False
-        self.extended_state.write(*checked)
-        if germinates and not metadata.get("keep_blueprint", False):
-            self._make_neutral(checked[0])
-        if self.alpha_schedule is not AlphaSchedule.NONE and target in _ALPHA_ON_ENTRY:
-            self.set_alpha(seed, _ALPHA_ON_ENTRY[target])
+        before = state[StateVar.LIFECYCLE_STATE].clone()
+        values[StateVar.LIFECYCLE_STATE] = torch.full_like(ids, int(target), dtype=state.dtype)
+        self.extended_state.write(ids, values)
+        self._follow_up(before, germinates and not metadata.get("keep_blueprint", False))
         return True
+
+    # ---- many seeds, on the device ---------------------------------------------------------------
+
+    def request_state_transitions(
+        self,
+        seed_ids: SeedIds,
+        targets: ExtendedLifecycle | int | str | Iterable | Tensor,
+        blueprints: int | Iterable[int] | Tensor | None = None,
+        strategies: GraftingStrategy | int | str | Iterable | Tensor | None = None,
+        *,
+        rules: TransitionRules | Tensor | None = None,
+        keep_blueprints: bool = False,
+    ) -> Tensor:
+        """Judge U requests and apply the good ones, on the device: int32 ``[U]`` of :class:`~kasmina_ext.lifecycle.Verdict`.
+
+        Nothing waits for the device when the arguments lie there (a Python number does no harm,
+        either), and the call can be traced into a graph. Each request is applied whole or not at
+        all; of several for one seed only the last is considered.
+
+        Arguments:
+            seed_ids: ``[U]`` of any integer dtype; ids that do not exist get a verdict, so a batch
+                of fixed size may be filled up with -1. None is every seed; a mask ``[S]`` is a
+                request for every seed, -1 where it is False.
+            targets, blueprints, strategies: one for all or one for each; None leaves blueprint and
+                strategy as they are, but a germinating seed without a blueprint takes 0. An AFFINE
+                blueprint whose second row would lie outside the bank is BLUEPRINT_OUT_OF_RANGE.
+            rules: which transitions there are, after how many epochs: a
+                :class:`~kasmina_ext.lifecycle.TransitionRules` or its tensor, by default the
+                layer's ``transition_rules``. The single request's ``lifecycle_manager`` is Python
+                and has no say here.
+            keep_blueprints: leave the bank as it is where seeds germinate, instead of neutral.
+
+        What a transition brings with it follows the verdicts: neutral germination as in
+        :meth:`request_state_transition`, and under an alpha schedule alpha 0 on entering GRAFTING,
+        1 on entering STABILIZATION. TypeError or ValueError for arguments of the wrong kind or
+        number, before anything is written. :func:`kasmina_ext.explain_verdicts` puts verdicts into
+        words.
+        """
+        state = self._buffers["state"]
+        ids = batch_ids(seed_ids, self.num_seeds, state.device)
+        targets = state_number(targets) if isinstance(targets, str) else targets
+        to = batch_values(targets, "targets", state_number, like=ids)
+        blueprint, strategy, mask = self._blueprint_and_strategy(ids, to, blueprints, strategies)
+        values = torch.stack((to, blueprint, torch.zeros_like(to), strategy), 1)
+        may_germinate = not isinstance(targets, int) or targets == _GERMINATED
+        rules = self.transition_rules if rules is None else rules
+        return self._update(ids, values, mask, rules, may_germinate and not keep_blueprints)
+
+    def recycle(self, seed_ids: SeedIds = None) -> Tensor:
+        """Seeds that were CULLED, CANCELLED or ROLLED_BACK become DORMANT again; verdicts as in
+        :meth:`request_state_transitions`. None asks for every seed.
+
+        Blueprint, strategy and alpha stay as they are: nothing of them shows until the seed
+        germinates again.
+        """
+        ids = batch_ids(seed_ids, self.num_seeds, self.device)
+        values = ids.new_zeros((ids.size(0), len(REQUEST_BITS)))  # DORMANT is 0
+        return self._update(ids, values, torch.full_like(ids, _SETS_LIFECYCLE), _RECYCLING, False)
+
+    def step_lifecycle(self) -> None:
+        """One epoch for every seed; call it once an epoch, after backward and outside of the training graph.
+
+        Epochs in the state + 1. With an ``alpha_schedule``, alpha of seeds in GRAFTING follows it
+        over ``ramp_epochs`` epochs, and with ``auto_advance`` they go on to STABILIZATION at its
+        end. Never waits for the device.
+        """
+        buffers = self._buffers
+        state = buffers["state"]
+        lifecycle_ops(state.device, self.enable_kernels).lifecycle_step(
+            state,
+            buffers["history"],
+            buffers["history_count"],
+            buffers["alpha"],
+            int(self.alpha_schedule),
+            self.ramp_epochs,
+            self.auto_advance,
+        )
+
+    def _blueprint_and_strategy(
+        self, ids: Tensor, to: Tensor, blueprints: Any, strategies: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns of the requests, and the mask that says which of them count; all int32 ``[U]``."""
+        state = self._buffers["state"]
+        seed = ids.clamp(0, self.num_seeds - 1).long()  # of an id that does not exist, any: it is refused
+        current = state[StateVar.BLUEPRINT_ID][seed]
+        if blueprints is None:
+            sets_blueprint = (to == _GERMINATED) & (current < 0)
+            blueprint = torch.where(sets_blueprint, 0, current)
+        else:
+            sets_blueprint = torch.ones_like(ids, dtype=torch.bool)
+            blueprint = batch_values(blueprints, "blueprints", None, like=ids)
+        if strategies is None:
+            sets_strategy = torch.zeros_like(ids, dtype=torch.bool)
+            strategy = state[StateVar.GRAFTING_STRATEGY][seed]
+        else:
+            sets_strategy = torch.ones_like(ids, dtype=torch.bool)
+            strategy = batch_values(strategies, "strategies", strategy_number, like=ids)
+        # A pair of rows of which one would lie outside: asked for as what is outside altogether.
+        half = (sets_blueprint | sets_strategy) & (strategy == _AFFINE) & (blueprint == self.num_blueprints - 1)
+        blueprint = torch.where(half, self.num_blueprints, blueprint)
+        mask = _SETS_LIFECYCLE + _SETS_BLUEPRINT * (sets_blueprint | half).int() + _SETS_STRATEGY * sets_strategy.int()
+        return blueprint, strategy, mask
+
+    def _update(
+        self, ids: Tensor, values: Tensor, mask: Tensor, rules: TransitionRules | Tensor, neutral: bool
+    ) -> Tensor:
+        """Verdicts; what the transitions bring with them is done. ``neutral``: seeds may germinate, neutrally."""
+        buffers = self._buffers
+        state = buffers["state"]
+        table = on_device(state.device, rules) if isinstance(rules, Tensor) else rules.on(state.device)
+        before = state[StateVar.LIFECYCLE_STATE].clone()
+        verdicts = lifecycle_ops(state.device, self.enable_kernels).state_update(
+            state,
+            buffers["history"],
+            buffers["history_count"],
+            ids,
+            values,
+            mask,
+            table,
+            self.num_blueprints,
+        )
+        self._follow_up(before, neutral)
+        return verdicts
+
+    def _bring_rules(self) -> None:
+        """Rules to where the layer is, so that no request has to: a first copy within a graph would be part of it."""
+        for rules in (self.transition_rules, _RECYCLING):
+            rules.on(self.device)
+
+    def _follow_up(self, before: Tensor, neutral: bool) -> None:
+        """What transitions from the states ``before [S]`` bring with them: the bank's and alpha's part, on the device."""
+        now = self._buffers["state"][StateVar.LIFECYCLE_STATE]
+        entered = now != before
+        if neutral:
+            self._make_neutral(entered & (now == _GERMINATED))
+        if self.alpha_schedule is not AlphaSchedule.NONE:
+            alpha = self._buffers["alpha"]
+            with torch.no_grad():
+                alpha.masked_fill_(entered & (now == _GRAFTING), 0.0)
+                alpha.masked_fill_(entered & (now == _STABILIZATION), 1.0)
+
+    # ---- directly --------------------------------------------------------------------------------
 
     def set_alpha(self, seed_ids: SeedIds, alpha: float | Iterable[float] | Tensor) -> None:
         """Blend factors of these seeds (None: all), one for all or one for each; ValueError outside [0, 1]."""
@@ -128,37 +280,8 @@ class SeedTransitions:
             blueprint = values.get(StateVar.BLUEPRINT_ID, state[StateVar.BLUEPRINT_ID, ids])
             strategy = values.get(StateVar.GRAFTING_STRATEGY, state[StateVar.GRAFTING_STRATEGY, ids])
             last = self.num_blueprints - 1
-            if ((strategy == GraftingStrategy.AFFINE) & (blueprint == last)).any():
+            if ((strategy == _AFFINE) & (blueprint == last)).any():
                 raise ValueError(
                     f"AFFINE takes the rows p and p + 1 of the bank, so the blueprint must be below {last}, got {last}"
                 )
         return ids, values
-
-    # ---- the bank --------------------------------------------------------------------------------
-
-    def _make_neutral(self, ids: Tensor) -> None:
-        """The blueprints of these seeds become their strategies' neutral elements, in their own features only."""
-        buffers = self._buffers
-        state, seen = buffers["state"], buffers["telemetry"]
-        owner, owned = reference.feature_owner(buffers["seed_offsets"], self.hidden_dim)
-        chosen = torch.zeros(self.num_seeds, dtype=torch.bool, device=state.device)
-        chosen[ids] = True
-        chosen = chosen[owner] & owned
-        blueprint = state[StateVar.BLUEPRINT_ID][owner]
-        strategy = state[StateVar.GRAFTING_STRATEGY][owner]
-        measured = seen[:, TelemetryColumn.COUNT] > 0
-        mean = torch.where(measured, seen[:, TelemetryColumn.MEAN], 0.0)[owner]
-        scales = (strategy == GraftingStrategy.MULTIPLICATIVE) | (strategy == GraftingStrategy.AFFINE)
-        first = torch.where(strategy == GraftingStrategy.MIXED, mean, scales.to(mean.dtype))
-        row = torch.arange(self.num_blueprints, device=state.device)[:, None]
-        is_first = chosen & (row == blueprint)
-        is_second = chosen & (strategy == GraftingStrategy.AFFINE) & (row == blueprint + 1)
-        self._write_bank(is_first | is_second, torch.where(is_first, first, 0.0))
-
-    def _write_bank(self, mask: Tensor, values: Tensor) -> None:
-        """The one place that writes the bank: ``values`` where ``mask``, both ``[P, H]`` on the bank's device."""
-        if "blueprint_weights" not in self._parameters:
-            raise RuntimeError("blueprint_weights is parametrized: what is written to it would be lost")
-        with torch.no_grad():
-            bank = self.blueprint_weights
-            bank.copy_(torch.where(mask, values.to(bank.dtype), bank))

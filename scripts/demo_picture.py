@@ -119,7 +119,7 @@ def draw_accuracy(axes: Axes, results: Results) -> None:
     ticks = [0, *(first * 2**i for i in range(12) if first * 2**i <= rightmost)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("parameters trained and kept (on the line: seeds that germinated)")
+    axes.set_xlabel("parameters trained and kept (on the line: seeds alive at most)")
     axes.set_ylabel("test accuracy, %")
     axes.set_title("What a damaged network wins back")
     axes.grid(axis="y", color="#E4E4E4", lw=0.8)
@@ -176,7 +176,7 @@ def draw_lives(axes: Axes, results: Results) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
     steps = results.config["sizes"]["tick_steps"]
     axes.set_xlabel(f"tick ({steps} training step{'s' if steps > 1 else ''})")
-    axes.set_title(f"Lives of {seeds} seeds of {WIDTH // per_layer} features ({shown} may germinate)")
+    axes.set_title(f"Lives of {seeds} seeds of {WIDTH // per_layer} features (at most {shown} alive)")
     names: dict[str, str] = {}
     for state in present:
         color = colors[state]

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kasmina_ext import _native, flags
-from kasmina_ext import layer as layer_module
+from kasmina_ext import _native, flags, ops, reference
 from kasmina_ext.layer import KasminaLayer, TritonChunkedKasminaLayer
 
 VARIABLE = "MORPHOGENETIC_FEATURE_TRITON_KERNELS"
@@ -79,10 +78,8 @@ def paths(monkeypatch):
 
     monkeypatch.setattr(flags, "_cached", {})
     monkeypatch.setattr(_native, "has_kernel", lambda device: (True, ""))
-    compiled = spy("compiled", layer_module.ops.chunked_forward)
-    monkeypatch.setattr(layer_module.ops, "chunked_forward", compiled)
-    reference = spy("reference", layer_module.reference.chunked_forward)
-    monkeypatch.setattr(layer_module.reference, "chunked_forward", reference)
+    monkeypatch.setattr(ops, "chunked_forward", spy("compiled", ops.chunked_forward))
+    monkeypatch.setattr(reference, "chunked_forward", spy("reference", reference.chunked_forward))
     return taken
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import time
+from fractions import Fraction
 
 import pytest
+import torch
 
 from kasmina_ext.lifecycle import (
     ExtendedLifecycle,
     LifecycleManager,
     StateTransition,
     TransitionContext,
+    TransitionRules,
+    Verdict,
 )
 
 NAMES = [
@@ -201,3 +206,93 @@ def test_gate_can_be_copied_and_pickled():
     for clone in (copy.deepcopy(manager), pickle.loads(pickle.dumps(manager))):
         assert clone.valid_transitions == manager.valid_transitions
         assert not clone.request_transition(context(4, 5, epochs=4))
+
+
+# ---- policy as data ----------------------------------------------------------------------------------
+
+
+def rules_of(kind):
+    """{(from, to): least epochs}, from the tables above."""
+    edges = {(a, b): 0 if b == 10 else least for a, (targets, least) in TABLE.items() for b in targets}
+    return {
+        "strict": edges,
+        "gate": {(a, b): 5 if b == 5 else 0 for a, b in edges},
+        "any": {(a, b): 0 for a in range(11) for b in range(11)},
+        "recycling": {(8, 0): 0, (9, 0): 0, (10, 0): 0},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["strict", "gate", "any", "recycling"])
+def test_rules_are_the_tables(kind):
+    rules, expected = getattr(TransitionRules, kind)(), rules_of(kind)
+    assert rules.tensor.dtype == torch.int32 and rules.tensor.device.type == "cpu"
+    assert rules.tensor.tolist() == [[expected.get((a, b), -1) for b in range(11)] for a in range(11)]
+    for a in range(11):
+        for b in range(11):
+            assert rules.least_epochs(a, ExtendedLifecycle(b)) == expected.get((a, b))
+
+
+def test_the_gate_asks_what_a_fresh_manager_asks():
+    rules, manager = TransitionRules.gate(), LifecycleManager()
+    for a in range(11):
+        for b in range(11):
+            for epochs in (0, 4, 5):
+                least = rules.least_epochs(a, b)
+                allowed = least is not None and epochs >= least
+                assert manager.request_transition(context(a, b, epochs)) is allowed
+
+
+@pytest.mark.parametrize("factor", [0, 0.004, 0.01, 0.1, 1 / 3, 0.7, 1, 2.5, 1e12])
+def test_scaled_rules_round_up_and_keep_what_is_illegal(factor):
+    scaled = TransitionRules.strict().scaled(factor)
+    exact = Fraction(factor).limit_denominator(10**6)
+    for (a, b), least in rules_of("strict").items():
+        assert scaled.least_epochs(a, b) == min(2**31 - 1, math.ceil(least * exact))
+    assert (scaled.tensor >= 0).equal(TransitionRules.strict().tensor >= 0)
+    assert TransitionRules.strict().scaled(1) == TransitionRules.strict()
+
+
+@pytest.mark.parametrize("factor", [-0.1, NAN, float("inf")])
+def test_rules_cannot_be_scaled_by_anything(factor):
+    with pytest.raises(ValueError, match="factor must be a finite number of at least 0"):
+        TransitionRules.strict().scaled(factor)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(11, 10), torch.zeros(11, 11), torch.zeros(10, 11, dtype=torch.int32)])
+def test_rules_of_another_shape_or_kind(tensor):
+    with pytest.raises(ValueError, match=r"rules must be integers of shape \[11, 11\]"):
+        TransitionRules(tensor)
+
+
+def test_rules_are_values():
+    mine = torch.full((11, 11), -1)
+    mine[0, 7] = 3
+    rules = TransitionRules(mine)
+    mine[0, 7] = 9
+    assert rules.least_epochs("dormant", "fossilized") == 3
+    assert rules == TransitionRules(rules.tensor) != TransitionRules.any()
+    assert hash(rules) == hash(TransitionRules(rules.tensor))
+    assert repr(rules) == "TransitionRules(DORMANT -> FOSSILIZED: 3)"
+    assert pickle.loads(pickle.dumps(rules)) == rules == copy.deepcopy(rules)
+    assert TransitionRules(rules.tensor.tolist()) == rules
+
+
+def test_rules_go_to_a_device_once(device):
+    rules = TransitionRules.strict()
+    there = rules.on(device)
+    assert there.device.type == device.type and torch.equal(there.cpu(), rules.tensor)
+    assert rules.on(device) is there
+
+
+def test_verdicts_have_the_numbers_of_the_specification():
+    assert [verdict.name for verdict in Verdict] == [
+        "APPLIED",
+        "SEED_OUT_OF_RANGE",
+        "ILLEGAL_TRANSITION",
+        "TOO_FEW_EPOCHS",
+        "BLUEPRINT_OUT_OF_RANGE",
+        "STRATEGY_OUT_OF_RANGE",
+        "SUPERSEDED",
+        "EPOCHS_OUT_OF_RANGE",
+    ]
+    assert all(verdict.message for verdict in Verdict) and list(map(int, Verdict)) == list(range(8))

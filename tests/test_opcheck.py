@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import cases
+import lifecycle_model as model
+import numpy as np
 import pytest
 import torch
 from cases import Case, build
@@ -43,6 +45,53 @@ def test_telemetry_reduce(device):
 def test_telemetry_merge(device):
     first, second = (build(Case((4, 20), 3, rng=rng), device).telemetry for rng in (0, 1))
     torch.library.opcheck(kasmina.telemetry_merge, (first, second))
+
+
+@pytest.mark.parametrize(("num_seeds", "updates"), [(5, 12), (5, 0), (0, 3)])
+def test_state_update(device, num_seeds, updates):
+    rng = np.random.default_rng(1)
+    tensors = model.random_tensors(num_seeds, rng, device)
+    columns = rng.integers(0, 4, (updates, 4)), rng.integers(0, 16, updates), np.zeros((11, 11))
+    ids = torch.from_numpy(rng.integers(-1, num_seeds + 1, updates)).int().to(device)
+    requests = (torch.from_numpy(column).int().to(device) for column in columns)
+    torch.library.opcheck(kasmina.state_update, (*tensors.lived, ids, *requests, 4))
+
+
+@pytest.mark.parametrize("num_seeds", [5, 0])
+@pytest.mark.parametrize("schedule", range(4))
+def test_lifecycle_step(device, num_seeds, schedule):
+    tensors = model.random_tensors(num_seeds, np.random.default_rng(2), device)
+    torch.library.opcheck(kasmina.lifecycle_step, (*tensors.lived, tensors.alpha, schedule, 40, schedule > 1))
+
+
+RECONSTRUCTED = [
+    *[Case((3, 4, 20), 3, dtype=d, layout="swapped_rows", weights_dtype=torch.float32) for d in cases.DTYPES],
+    Case((12, 20), 3, grad_layout="transposed", weights_dtype=torch.bfloat16),
+    Case((0, 8), 3),
+    Case((4, 8), 0),
+]
+
+
+def _in_training(case: Case, device) -> cases.Inputs:
+    inputs = build(case, device)
+    inputs.state[0] = 2
+    return inputs
+
+
+@pytest.mark.parametrize("case", RECONSTRUCTED, ids=str)
+def test_reconstruction_loss(device, case):
+    leaves = _in_training(case, device).requiring_grad()
+    args = (leaves.x.detach(), leaves.grad_y, leaves.offsets, leaves.state, leaves.weights)
+    torch.library.opcheck(kasmina.reconstruction_loss, args)
+
+
+@pytest.mark.parametrize("case", RECONSTRUCTED, ids=str)
+def test_reconstruction_loss_backward(device, case):
+    inputs = _in_training(case, device)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    grad_loss = torch.linspace(-1, 1, case.seeds, dtype=wide, device=device)
+    args = (grad_loss, inputs.x, inputs.grad_y, inputs.offsets, inputs.state, inputs.weights)
+    torch.library.opcheck(kasmina.reconstruction_loss_backward, args)
 
 
 @pytest.mark.parametrize("case", [Case((0, 8), 3), Case((4, 8), 0), Case((4, 8), 3, telemetry="off")], ids=str)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext import ops
+from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
 from kasmina_ext.state import ExtendedStateTensor, StateVar
 
 FRESH_ROW = [0, -1, 0, 0, 0, -1, 0, 0]
@@ -245,6 +246,102 @@ def test_small_writers(state):
         state.update_performance(0, {"speed": 1.0})
 
 
+def test_performance_of_a_seed_named_twice_is_the_last(state):
+    state.update_performance([2, 0, 2], {"loss": [1.0, 2.0, 3.0], "accuracy": 0.5})
+    state.update_performance([1, 1], torch.arange(8.0).reshape(2, 4))
+    assert state.performance_metrics.tolist()[:3] == [[2, 0.5, 0, 0], [4, 5, 6, 7], [3, 0.5, 0, 0]]
+    before = bits(state)
+    for metrics in (
+        {"loss": 9.0, "speed": 1.0},
+        {"loss": 9.0, "accuracy": [1.0, 2.0, 3.0]},
+        torch.zeros(3),
+        [[1.0] * 4] * 3,
+    ):
+        with pytest.raises(ValueError, match="unknown metric|must have shape"):
+            state.update_performance([0, 1], metrics)
+    assert_unchanged(state, before)
+
+
+def test_epochs_and_errors_stay_at_the_greatest_int32(state):
+    state.update_state([0, 1], {"epochs": [2**31 - 1, 2**31 - 2], "error_count": 2**31 - 2})
+    state.increment_epochs()
+    state.increment_epochs([1, 1, 1])
+    state.increment_error_count([0, 0, 1])
+    assert state.state_tensor[:3, StateVar.EPOCHS_IN_STATE].tolist() == [2**31 - 1, 2**31 - 1, 1]
+    assert state.state_tensor[:3, StateVar.ERROR_COUNT].tolist() == [2**31 - 1, 2**31 - 1, 0]
+
+
+def test_variables_by_member_and_by_name_in_any_case(state):
+    state.update_state([0, 1], {StateVar.BLUEPRINT_ID: 4, "GRAFTING_STRATEGY": "mixed", "Epochs": [1, 2]})
+    assert state.state_tensor[:2].tolist() == [[0, 4, 1, 2, 0, -1, 0, 0], [0, 4, 2, 2, 0, -1, 0, 0]]
+    assert [getattr(ExtendedStateTensor, variable.name) for variable in StateVar] == list(StateVar)
+
+
+def test_rollback_states_are_those_before(state):
+    state.set_state([0, 1, 3], [2, 5, 7])
+    state.set_state([0, 3], ["grafting", "dormant"])
+    assert state.get_rollback_states().tolist() == [2, 0, 0, 7, 0, 0]
+    assert state.get_rollback_states([3, 0, 3]).tolist() == [7, 2, 7]
+    assert state.get_rollback_states(3).dim() == 0 and int(state.get_rollback_states(3)) == 7
+    with pytest.raises(ValueError, match="got 6"):
+        state.get_rollback_states([6])
+
+
+def test_validate_transitions_is_the_strict_table(device):
+    limits = {0: 0, 1: 0, 2: 100, 3: 50, 4: 20, 5: 30, 6: 50}
+    graph = {0: {1}, 1: {2, 9}, 2: {3, 8, 9}, 3: {4, 10}, 4: {5, 10}, 5: {6, 8, 10}, 6: {7, 8, 10}}
+    cases = [(a, b, e) for a in range(11) for b in range(-1, 12) for e in (0, 19, 20, 29, 30, 49, 50, 99, 100)]
+    state = ExtendedStateTensor(len(cases), device)
+    state.update_state(None, {"lifecycle": [a for a, _, _ in cases], "epochs": [e for _, _, e in cases]})
+    before = bits(state)
+    expected = [b in graph.get(a, ()) and (b == 10 or e >= limits[a]) for a, b, e in cases]
+    targets = torch.tensor([b for _, b, _ in cases])
+    assert state.validate_transitions(torch.arange(len(cases)), targets).tolist() == expected
+    assert_unchanged(state, before)
+
+
+def test_ways_to_ask_for_validation(state):
+    state.set_state([1, 2], "training")
+    assert state.validate_transitions(0, "germinated").tolist() == [True]
+    assert state.validate_transitions([0, 1, 1], [1, "grafting", 8]).tolist() == [True, False, False]
+    gate = TransitionRules.gate()
+    assert state.validate_transitions(None, "grafting", gate).tolist() == [False, True, True, False, False, False]
+    assert state.validate_transitions([], []).tolist() == []
+    for ids, targets, error in (
+        ([6], 1, ValueError),
+        ([0], [1, 2], ValueError),
+        (0, "x", ValueError),
+        (0, 1.0, TypeError),
+    ):
+        with pytest.raises(error):
+            state.validate_transitions(ids, targets)
+
+
+def test_a_dict_with_pointers_only(state):
+    for target in (1, 2, 3):
+        state.set_state(0, target)
+    data = state.to_dict()
+    assert data["history_pointers"].tolist() == [3, 0, 0, 0, 0, 0]
+    del data["history_count"]
+    assert ExtendedStateTensor.from_dict(data).get_transition_history(0) == [(2, 3), (1, 2), (0, 1)]
+
+
+@pytest.mark.parametrize("writer", ["update_state", "set_state", "update_blueprint"])
+def test_many_seeds_are_written_by_the_operator(state, monkeypatch, writer):
+    calls = []
+    original = ops.state_update
+    monkeypatch.setattr(ops, "state_update", lambda *args: calls.append(args) or original(*args))
+    {
+        "update_state": lambda: state.update_state(
+            [0, 1, 2], {"lifecycle": 3, "blueprint": [1, 2, 3], "checkpoint": 9}
+        ),
+        "set_state": lambda: state.set_state([0, 1, 2], 3),
+        "update_blueprint": lambda: state.update_blueprint([0, 1, 2], [1, 2, 3], "affine"),
+    }[writer]()
+    [args] = calls
+    assert args[3].tolist() == [0, 1, 2] and args[0].data_ptr() == state.state_tensor.data_ptr()
+
+
 def test_dict_round_trip_through_a_safe_file(state):
     state.set_state([0, 3], [4, 9])
     state.update_performance(0, {"accuracy": 0.25})
@@ -260,7 +357,7 @@ def test_dict_round_trip_through_a_safe_file(state):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"history_count": None}, "the dict has no history_count"),
+        ({"history_count": None, "history_pointers": None}, "the dict has no history_count"),
         ({"state_tensor": torch.zeros(2, 8, dtype=torch.int32)}, r"state_tensor must have shape \[3, 8\]"),
         ({"history_count": torch.ones(3)}, "history_count must be integers"),
         ({"num_seeds": -1}, "num_seeds must be"),
@@ -273,8 +370,13 @@ def test_a_dict_that_does_not_fit(change, message):
         ExtendedStateTensor.from_dict(data)
 
 
-def test_garbage_written_behind_the_library_is_shown_as_it_is(state):
-    state.lifecycle_states[0] = 99
-    state.set_state(0, 1)
+def test_garbage_written_behind_the_library(state):
+    state.lifecycle_states[:3] = torch.tensor([99, -1, 2**31 - 1])
+    assert state.get_state([0, 1]).tolist() == [99, -1]
+    assert sum(state.get_state_summary().values()) == 3
+    assert not state.validate_transitions(None, "germinated")[:3].any()
+    state.set_state([0, 1], [1, 0])
+    assert state.get_state().tolist() == [1, 0, 2**31 - 1, 0, 0, 0]
+    assert state.get_transition_history(0) == [(0, 1)] and state.get_transition_history(1) == []
+    state.transition_history[0, 0, 0] = 99
     assert state.get_transition_history(0) == [(99, 1)]
-    assert sum(state.get_state_summary().values()) == 6

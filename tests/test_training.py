@@ -148,9 +148,9 @@ def test_ops_and_reference_train_alike(device):
 
 
 def test_second_device():
-    """The current device is not the tensors'."""
+    """The current device is not the tensors'. (The convolution adds in an order of its own, and not twice in the same.)"""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     with torch.cuda.device(0):
         first, second = (train(Model("ops"), torch.device("cuda", index)) for index in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert max(distances(first, second)) < 10 * STEPS * 2.0**-24

@@ -6,22 +6,16 @@
 #include <string.h>
 
 #include "cpu/convert.h"
+#include "cpu/feature_sums.h"
 #include "cpu/lock.h"
-#include "cpu/tiles.h"
 #include "parallel.h"
 #include "seed_math.h"
-
-typedef struct {
-    double u, v;
-} sums;
 
 typedef struct {
     const kasmina_backward_args *args;
     kasmina_tiling tiling;
     bool wants_sums;
-    int64_t slots;  /* tiles + features: a feature's overlap with a tile has slot tile + feature */
-    sums *partials; /* [blocks, slots] */
-    sums *features; /* [features] */
+    kasmina_feature_sums sums;
 } plan;
 
 static bool wants_sums(const kasmina_backward_args *args)
@@ -32,25 +26,10 @@ static bool wants_sums(const kasmina_backward_args *args)
 size_t kasmina_backward_workspace_cpu(const kasmina_backward_args *args)
 {
     kasmina_tiling t = kasmina_make_tiling(&args->layout, args->dtype);
-    if (!wants_sums(args)) return 0;
-    return (size_t)(t.blocks * (t.tiles + args->layout.features) + args->layout.features) * sizeof(sums);
+    return wants_sums(args) ? kasmina_feature_sums_size(&t, args->layout.features) : 0;
 }
 
 /* ---- First pass: dx, and u and v of each patch. */
-
-static void write_partials(const plan *p, const kasmina_patch *patch, const double *u, const double *v)
-{
-    const int64_t inner = p->tiling.inner;
-    sums *slots = p->partials + patch->block * p->slots + patch->tile;
-    int64_t feature = patch->first_column / inner;
-    for (int64_t i = 0; i < patch->columns; ++feature) {
-        int64_t stop = (feature + 1) * inner - patch->first_column;
-        if (stop > patch->columns) stop = patch->columns;
-        sums total = {0.0, 0.0};
-        for (; i < stop; ++i) total.u += u[i], total.v += v[i];
-        slots[feature] = total;
-    }
-}
 
 static void process_patch(const plan *p, const kasmina_patch *patch)
 {
@@ -62,7 +41,7 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
     double group_u[KASMINA_TILE_COLUMNS] = {0}, group_v[KASMINA_TILE_COLUMNS] = {0}; /* storage for reals */
     double u[KASMINA_TILE_COLUMNS] = {0}, v[KASMINA_TILE_COLUMNS] = {0};
     kasmina_tile_coefficients coefficients;
-    if (args->grad_x) kasmina_fill_coefficients(t, patch, &args->seeds, &coefficients);
+    if (args->grad_x) kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
     for (int64_t group = patch->first_row; group < end; group += KASMINA_GROUP_ROWS) {
         int64_t group_end = end - group < KASMINA_GROUP_ROWS ? end : group + KASMINA_GROUP_ROWS;
         for (int64_t row = group; row < group_end; row += KASMINA_ROWS_AT_ONCE) {
@@ -84,7 +63,7 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
             t->ops->drain(v, group_v, n);
         }
     }
-    if (p->wants_sums) write_partials(p, patch, u, v);
+    if (p->wants_sums) kasmina_write_feature_sums(&p->sums, patch, u, v);
 }
 
 static void process_patches(int64_t begin, int64_t end, void *context)
@@ -93,26 +72,6 @@ static void process_patches(int64_t begin, int64_t end, void *context)
     for (int64_t index = begin; index < end; ++index) {
         kasmina_patch patch = kasmina_get_patch(&p->tiling, index);
         process_patch(p, &patch);
-    }
-}
-
-/* ---- Second pass: u and v of each feature. */
-
-static void sum_features(int64_t begin, int64_t end, void *context)
-{
-    const plan *p = context;
-    const int64_t inner = p->tiling.inner;
-    for (int64_t feature = begin; feature < end; ++feature) {
-        int64_t first = feature * inner / KASMINA_TILE_COLUMNS;
-        int64_t last = ((feature + 1) * inner - 1) / KASMINA_TILE_COLUMNS;
-        sums total = {0.0, 0.0};
-        for (int64_t block = 0; block < p->tiling.blocks; ++block) {
-            for (int64_t tile = first; tile <= last; ++tile) {
-                const sums *part = &p->partials[block * p->slots + tile + feature];
-                total.u += part->u, total.v += part->v;
-            }
-        }
-        p->features[feature] = total;
     }
 }
 
@@ -131,7 +90,7 @@ static void finish_seed(const plan *p, int64_t seed)
     int64_t feature, end;
     kasmina_chunk_range(&seeds->chunks, features, seed, &feature, &end);
     for (; feature < end; ++feature) {
-        const sums s = p->features[feature];
+        const kasmina_uv s = p->sums.totals[feature];
         u2 += s.u * s.u, v2 += s.v * s.v;
         if (!grafted) continue;
         int64_t at = blueprint * features + feature;
@@ -164,9 +123,7 @@ int kasmina_chunked_backward_cpu(const kasmina_backward_args *args)
     plan p = {.args = args, .tiling = kasmina_make_tiling(&args->layout, args->dtype)};
     const kasmina_seeds *seeds = &args->seeds;
     p.wants_sums = wants_sums(args);
-    p.slots = p.tiling.tiles + args->layout.features;
-    p.features = args->workspace;
-    p.partials = p.features + (p.wants_sums ? args->layout.features : 0);
+    p.sums = kasmina_place_feature_sums(&p.tiling, args->layout.features, args->workspace);
     if (p.wants_sums || args->grad_x) {
         int error = kasmina_parallel_for(0, p.tiling.tiles * p.tiling.blocks, kasmina_patch_grain(&p.tiling),
                                          process_patches, &p);
@@ -176,7 +133,7 @@ int kasmina_chunked_backward_cpu(const kasmina_backward_args *args)
     if (args->grad_weights)
         memset(args->grad_weights, 0,
                (size_t)(seeds->num_blueprints * args->layout.features) * kasmina_element_size(seeds->weights_dtype));
-    int error = kasmina_parallel_for(0, args->layout.features, 1024, sum_features, &p);
+    int error = kasmina_total_feature_sums(&p.sums);
     if (error) return error;
     kasmina_lock();
     error = kasmina_parallel_for(0, seeds->chunks.count, 256, finish_seeds, &p);

@@ -150,7 +150,7 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
     uint8_t worth[KASMINA_TILE_COLUMNS];
     kasmina_tile_coefficients coefficients;
     column_sums sums;
-    if (args->y) kasmina_fill_coefficients(t, patch, &args->seeds, &coefficients);
+    if (args->y) kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
     if (args->telemetry) {
         memset(&sums, 0, sizeof sums);
         for_each_segment(p, patch, &sums, set_origins);

@@ -41,6 +41,9 @@ typedef struct {
     /* dx = a g. */
     void (*scale)(void *dx, const void *g, const void *a, int64_t n);
 
+    /* out = x - t. */
+    void (*subtract)(void *out, const void *x, const void *t, int64_t n);
+
     /* u += sum g x, v += sum g over `count` rows. */
     void (*products)(void *u, void *v, const void *const *g, const void *const *x, int count, int64_t n);
 

@@ -80,6 +80,13 @@ KASMINA_CLONES static void NAME(scale)(void *out, const void *in, const void *sl
     for (int64_t i = 0; i < n; ++i) dx[i] = a[i] * g[i];
 }
 
+KASMINA_CLONES static void NAME(subtract)(void *out, const void *in, const void *target, int64_t n)
+{
+    REAL *restrict r = out;
+    const REAL *restrict x = in, *restrict t = target;
+    for (int64_t i = 0; i < n; ++i) r[i] = x[i] - t[i];
+}
+
 KASMINA_CLONES static void NAME(products)(void *sum_u, void *sum_v, const void *const *gs, const void *const *xs,
                                           int count, int64_t n)
 {
@@ -127,6 +134,7 @@ const kasmina_rows NAME(kasmina_rows) = {
     .compare = NAME(compare),
     .blend = NAME(blend),
     .scale = NAME(scale),
+    .subtract = NAME(subtract),
     .products = NAME(products),
     .drain = NAME(drain),
     .select = NAME(select),

@@ -76,24 +76,24 @@ int64_t kasmina_next_seed(const kasmina_chunks *chunks, int64_t seed)
     return kasmina_find_seed(chunks, offsets[seed]);
 }
 
-/* Coefficients of one feature; false where it keeps its input. */
+/* Coefficients of one feature; false where its seed takes no part. */
 static bool feature_coefficients(const kasmina_seeds *seeds, int64_t features, int64_t seed, int64_t feature, bool wide,
-                                 double *a, double *b)
+                                 kasmina_seed_test *takes_part, double *a, double *b)
 {
     int64_t count = seeds->chunks.count;
     int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];
     int32_t blueprint = seeds->state[KASMINA_BLUEPRINT_ID * count + seed];
-    if (!kasmina_is_grafted(seeds->state[KASMINA_LIFECYCLE_STATE * count + seed], blueprint, strategy,
-                            seeds->num_blueprints))
-        return false;
+    int32_t lifecycle = seeds->state[KASMINA_LIFECYCLE_STATE * count + seed];
+    float alpha = seeds->alpha ? seeds->alpha[seed] : 1.0f;
+    if (!takes_part(lifecycle, blueprint, strategy, seeds->num_blueprints)) return false;
     int64_t at = blueprint * features + feature;
     double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at), v = 0.0;
     if (strategy == KASMINA_AFFINE) v = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at + features);
     if (wide) {
-        kasmina_coefficients_f64(strategy, seeds->alpha[seed], w, v, a, b);
+        kasmina_coefficients_f64(strategy, alpha, w, v, a, b);
     } else {
         float slope, intercept;
-        kasmina_coefficients_f32(strategy, seeds->alpha[seed], (float)w, (float)v, &slope, &intercept);
+        kasmina_coefficients_f32(strategy, alpha, (float)w, (float)v, &slope, &intercept);
         *a = slope, *b = intercept;
     }
     return true;
@@ -111,7 +111,7 @@ static void set_column(const kasmina_tiling *t, kasmina_tile_coefficients *out, 
 }
 
 void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, const kasmina_seeds *seeds,
-                               kasmina_tile_coefficients *out)
+                               kasmina_seed_test *takes_part, kasmina_tile_coefficients *out)
 {
     const bool wide = t->ops->size == sizeof(double);
     const int64_t features = t->columns / t->inner;
@@ -125,7 +125,7 @@ void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, 
         bool grafted = false;
         if (seed >= 0) {
             kasmina_chunk_range(&seeds->chunks, features, seed, &first, &end);
-            grafted = feature < end && feature_coefficients(seeds, features, seed, feature, wide, &a, &b);
+            grafted = feature < end && feature_coefficients(seeds, features, seed, feature, wide, takes_part, &a, &b);
         }
         out->any = out->any || grafted;
         out->all = out->all && grafted;

@@ -59,8 +59,12 @@ typedef struct {
     bool any, all;                                           /* whether some, all columns are grafted */
 } kasmina_tile_coefficients;
 
+/* Whether a seed takes part: kasmina_is_grafted or kasmina_is_training. */
+typedef bool kasmina_seed_test(int32_t lifecycle, int32_t blueprint, int32_t strategy, int64_t num_blueprints);
+
+/* Without alphas (seeds->alpha is NULL), alpha is 1. */
 void kasmina_fill_coefficients(const kasmina_tiling *tiling, const kasmina_patch *patch, const kasmina_seeds *seeds,
-                               kasmina_tile_coefficients *out);
+                               kasmina_seed_test *takes_part, kasmina_tile_coefficients *out);
 
 /*
  * Write one row of results: computed[i] (reals) where grafted, else the bits of source[i] (activations).

@@ -9,6 +9,7 @@
 #include <float.h>
 
 #include "kernels.h"
+#include "cuda/feature_sums.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/seeds.cuh"
@@ -18,18 +19,6 @@ namespace
 {
 
 using namespace kasmina;
-
-/* A feature pass block: a warp of features wide, so many threads to share the splits of each. */
-constexpr int FEATURE_SHARES = BLOCK / WARP;
-
-/*
- * What one launch leaves for the next. Float64 throughout: a partial sum then loses nothing beyond its
- * groups, no loss scale overflows it, and it is small beside the tensors.
- */
-struct feature_sums {
-    double2 *partials; /* [splits, slots] (u, v) of a feature in one tile and split */
-    double2 *totals;   /* [features] */
-};
 
 struct backward_params {
     tiling tiles;
@@ -263,57 +252,24 @@ __device__ __forceinline__ kasmina_feature_gradients gradients_of(const seed_tab
     return kasmina_gradients(blend.strategy, (double)blend.alpha, w.w, w.next, total.x, total.y);
 }
 
-/* The sums of one feature, shared out to the threads of a column: splits, and tiles where it spans several. */
-__device__ __forceinline__ double2 add_splits(const feature_params &p, int64_t feature, int share)
-{
-    const tiling &t = p.tiles;
-    const int64_t first_tile = feature * t.inner / t.tile_columns;
-    const int64_t last_tile = (feature * t.inner + t.inner - 1) / t.tile_columns;
-    double2 sum = make_double2(0.0, 0.0);
-    for (int64_t tile = first_tile; tile <= last_tile; ++tile) {
-#pragma unroll 4
-        for (uint32_t split = share; split < t.splits; split += FEATURE_SHARES) {
-            const double2 part = p.sums.partials[split * t.slots + tile + feature];
-            sum.x += part.x;
-            sum.y += part.y;
-        }
-    }
-    return sum;
-}
-
 __global__ void __launch_bounds__(BLOCK) feature_kernel(const __grid_constant__ feature_params p)
 {
-    __shared__ double2 shares[FEATURE_SHARES][WARP];
     const seed_table &table = p.table;
-    const int lane = (int)threadIdx.x % WARP, share = (int)threadIdx.x / WARP;
-    const int64_t feature = (int64_t)blockIdx.x * WARP + lane;
-    const bool exists = feature < table.features;
+    const feature_place here = feature_place::here();
+    const bool exists = here.feature < table.features;
 
     allow_dependents();
     seed_blend blend = {};
-    if (exists && p.grad_weights) blend = blend_of(table.seeds, find_seed(table, feature));
+    if (exists && p.grad_weights) blend = blend_of(table, find_seed(table, here.feature));
     wait_for_primary();
-    if (exists) shares[share][lane] = add_splits(p, feature, share);
-    __syncthreads();
+    const double2 total = total_feature(p.tiles, p.sums, here, exists);
     if (!exists) return;
-
-    double2 total = shares[0][lane];
-    for (int i = 1; i < FEATURE_SHARES; ++i) {
-        total.x += shares[i][lane].x;
-        total.y += shares[i][lane].y;
-    }
-    if (p.keep && share == 0) p.sums.totals[feature] = total;
+    if (p.keep && here.share == 0) p.sums.totals[here.feature] = total;
     if (!p.grad_weights) return;
 
     kasmina_feature_gradients gradients = {0.0, 0.0, 0.0};
-    if (blend.grafted && blend.trains) gradients = gradients_of(table, blend, feature, p.wide, total);
-    const kasmina_seeds &seeds = table.seeds;
-    for (int64_t row = share; row < seeds.num_blueprints; row += FEATURE_SHARES) {
-        const bool here = blend.grafted && row == blend.blueprint;
-        const bool next = blend.grafted && row == (int64_t)blend.blueprint + 1;
-        const double value = here ? gradients.weight : next ? gradients.next : 0.0;
-        store_number(seeds.weights_dtype, p.grad_weights, row * table.features + feature, value);
-    }
+    if (blend.grafted && blend.trains) gradients = gradients_of(table, blend, here.feature, p.wide, total);
+    store_gradients(table, blend, here, gradients, p.grad_weights);
 }
 
 /* ---- The pass over the seeds ---- */
@@ -330,7 +286,7 @@ struct seed_job {
     {
         const seed_range range = range_of(p.table, index);
         return {index, range.first, range.last - range.first,
-                p.grad_alpha ? blend_of(p.table.seeds, (int32_t)index) : seed_blend()};
+                p.grad_alpha ? blend_of(p.table, (int32_t)index) : seed_blend()};
     }
     /* sum: (grad_alpha, sum u^2, sum v^2) */
     __device__ __forceinline__ void add(const seed &s, int64_t i, sum3 &sum) const
@@ -367,15 +323,6 @@ bool wants_seeds(const kasmina_backward_args *args)
 bool wants_sums(const kasmina_backward_args *args)
 {
     return args->grad_weights || wants_seeds(args);
-}
-
-/* Where the sums lie in the workspace; returns how long it must be. */
-size_t place_sums(const tiling &t, void *workspace, feature_sums *sums)
-{
-    const size_t partials = padded(t.slots * t.splits * (int64_t)sizeof(double2));
-    sums->partials = (double2 *)workspace;
-    sums->totals = (double2 *)((unsigned char *)workspace + partials);
-    return partials + padded(t.features * (int64_t)sizeof(double2));
 }
 
 template <kasmina_dtype D> cudaError_t launch_backward(const backward_params &params, bool sums, void *stream)

@@ -20,11 +20,12 @@ struct seed_table {
     uint32_t longer;       /* how many such chunks there are, */
     uint32_t longer_chunk; /* and their length */
     uint32_t chunk;        /* features / seeds, the chunk of the uniform map; at least 1 */
+    bool training;         /* the seeds that take part are those in TRAINING, not the grafted ones */
 };
 
-static inline seed_table make_seed_table(const kasmina_seeds &seeds, int64_t features)
+static inline seed_table make_seed_table(const kasmina_seeds &seeds, int64_t features, bool training = false)
 {
-    seed_table table = {seeds, features, 0, 0, 1, 1};
+    seed_table table = {seeds, features, 0, 0, 1, 1, training};
     const int64_t count = seeds.chunks.count;
     /* Beyond int32 nothing can be owned; the guess may be wrong there. */
     if (count == 0 || features > INT32_MAX) return table;
@@ -84,23 +85,26 @@ __device__ __forceinline__ seed_range range_of(const seed_table &table, int64_t 
     return {first, max(first, last)};
 }
 
-/* What a seed does. Not grafted: the other fields mean nothing. */
+/* What a seed does. Not grafted (it takes no part): the other fields mean nothing. */
 struct seed_blend {
     bool grafted, trains;
     int32_t strategy, blueprint;
     float alpha;
 };
 
-__device__ __forceinline__ seed_blend blend_of(const kasmina_seeds &seeds, int32_t seed)
+__device__ __forceinline__ seed_blend blend_of(const seed_table &table, int32_t seed)
 {
+    const kasmina_seeds &seeds = table.seeds;
     if (seed == UNOWNED) return {false, false, 0, 0, 0.0f};
     const int64_t count = seeds.chunks.count;
     const int32_t *state = seeds.state + seed;
     const int32_t lifecycle = __ldg(state + KASMINA_LIFECYCLE_STATE * count);
     const int32_t blueprint = __ldg(state + KASMINA_BLUEPRINT_ID * count);
     const int32_t strategy = __ldg(state + KASMINA_GRAFTING_STRATEGY * count);
-    const bool grafted = kasmina_is_grafted(lifecycle, blueprint, strategy, seeds.num_blueprints);
-    return {grafted, kasmina_trains_weights(lifecycle), strategy, blueprint, __ldg(seeds.alpha + seed)};
+    const bool grafted = table.training ? kasmina_is_training(lifecycle, blueprint, strategy, seeds.num_blueprints)
+                                        : kasmina_is_grafted(lifecycle, blueprint, strategy, seeds.num_blueprints);
+    const float alpha = seeds.alpha ? __ldg(seeds.alpha + seed) : 1.0f;
+    return {grafted, kasmina_trains_weights(lifecycle), strategy, blueprint, alpha};
 }
 
 /* The blueprint's weight for a feature and, for AFFINE, that of the next row, as T. */
@@ -138,7 +142,7 @@ template <typename T> struct coefficient_table {
 
     __device__ __forceinline__ void fill(const seed_table &table, int c, int32_t seed, int64_t feature)
     {
-        const seed_blend blend = blend_of(table.seeds, seed);
+        const seed_blend blend = blend_of(table, seed);
         T slope = (T)1, offset = (T)-0.0;
         if (blend.grafted) coefficients(blend, weights_of<T>(table, blend, feature), &slope, &offset);
         a[c] = slope;

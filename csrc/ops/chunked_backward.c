@@ -27,23 +27,6 @@ static bool allocate(kasmina_tensor *out, bool wanted, const kasmina_tensor *lik
     return kasmina_tensor_empty(out, like->dim, like->sizes, strides, like->scalar_type, like, status);
 }
 
-/* Make x dense and grad_y alike, so that the kernel sees one layout. */
-static bool align(kasmina_tensor *t, kasmina_layout *layout, kasmina_status *status)
-{
-    if (!kasmina_tensor_layout(&t[X], layout)) {
-        kasmina_tensor like;
-        bool copied =
-            kasmina_tensor_empty_like(&like, &t[X], status) && kasmina_tensor_restride(&t[X], like.strides, status);
-        kasmina_tensors_release(&like, 1);
-        if (!copied) return false;
-        kasmina_tensor_layout(&t[X], layout);
-    }
-    bool same = true;
-    for (int64_t d = 0; d < t[X].dim; ++d)
-        same = same && (t[X].sizes[d] == 1 || t[X].strides[d] == t[GRAD_Y].strides[d]);
-    return same || kasmina_tensor_restride(&t[GRAD_Y], t[X].strides, status);
-}
-
 /* Allocate the results and compute them; everything allocated lands in `t`. */
 static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina_device_scope *scope,
                 kasmina_status *status)
@@ -59,7 +42,7 @@ static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina
             return kasmina_fail(status, "%s: could not zero the results", op);
         return true;
     }
-    if (!align(t, &args.layout, status) ||
+    if (!kasmina_align_to_x(&t[X], &t[GRAD_Y], &args.layout, status) ||
         !kasmina_read_seeds(&t[SEED_OFFSETS], &t[STATE], &t[ALPHA], &t[BLUEPRINT_WEIGHTS], &args.seeds, status))
         return false;
     kasmina_tensor_dtype(&t[X], &args.dtype);

@@ -10,17 +10,41 @@ bool kasmina_read_chunks(kasmina_tensor *seed_offsets, kasmina_chunks *chunks, k
     return !status->failed;
 }
 
-bool kasmina_read_seeds(kasmina_tensor *seed_offsets, kasmina_tensor *state, kasmina_tensor *alpha,
-                        kasmina_tensor *blueprint_weights, kasmina_seeds *seeds, kasmina_status *status)
+bool kasmina_read_blueprints(kasmina_tensor *seed_offsets, kasmina_tensor *state, kasmina_tensor *blueprint_weights,
+                             kasmina_seeds *seeds, kasmina_status *status)
 {
     if (!kasmina_read_chunks(seed_offsets, &seeds->chunks, status) || !kasmina_tensor_make_contiguous(state, status) ||
-        !kasmina_tensor_make_contiguous(alpha, status) || !kasmina_tensor_make_contiguous(blueprint_weights, status))
+        !kasmina_tensor_make_contiguous(blueprint_weights, status))
         return false;
     seeds->num_blueprints = blueprint_weights->sizes[0];
     seeds->state = kasmina_tensor_data(state, status);
-    seeds->alpha = kasmina_tensor_data(alpha, status);
+    seeds->alpha = NULL;
     seeds->weights = kasmina_tensor_data(blueprint_weights, status);
     return kasmina_tensor_dtype(blueprint_weights, &seeds->weights_dtype) && !status->failed;
+}
+
+bool kasmina_read_seeds(kasmina_tensor *seed_offsets, kasmina_tensor *state, kasmina_tensor *alpha,
+                        kasmina_tensor *blueprint_weights, kasmina_seeds *seeds, kasmina_status *status)
+{
+    if (!kasmina_read_blueprints(seed_offsets, state, blueprint_weights, seeds, status) ||
+        !kasmina_tensor_make_contiguous(alpha, status))
+        return false;
+    seeds->alpha = kasmina_tensor_data(alpha, status);
+    return !status->failed;
+}
+
+bool kasmina_align_to_x(kasmina_tensor *x, kasmina_tensor *other, kasmina_layout *layout, kasmina_status *status)
+{
+    if (!kasmina_tensor_layout(x, layout)) {
+        kasmina_tensor like;
+        bool copied = kasmina_tensor_empty_like(&like, x, status) && kasmina_tensor_restride(x, like.strides, status);
+        kasmina_tensors_release(&like, 1);
+        if (!copied) return false;
+        kasmina_tensor_layout(x, layout);
+    }
+    bool same = true;
+    for (int64_t d = 0; d < x->dim; ++d) same = same && (x->sizes[d] == 1 || x->strides[d] == other->strides[d]);
+    return same || kasmina_tensor_restride(other, x->strides, status);
 }
 
 bool kasmina_make_workspace(kasmina_tensor *workspace, void **data, size_t bytes, const kasmina_tensor *like,

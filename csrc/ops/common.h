@@ -13,7 +13,16 @@
 bool kasmina_read_seeds(kasmina_tensor *seed_offsets, kasmina_tensor *state, kasmina_tensor *alpha,
                         kasmina_tensor *blueprint_weights, kasmina_seeds *seeds, kasmina_status *status);
 
-/* The same for offsets alone. */
+/* The same without alpha, which is left NULL. */
+bool kasmina_read_blueprints(kasmina_tensor *seed_offsets, kasmina_tensor *state, kasmina_tensor *blueprint_weights,
+                             kasmina_seeds *seeds, kasmina_status *status);
+
+/*
+ * Make x dense and `other`, of x's sizes and dtype, alike, so that a kernel sees one layout. Copies what is not so.
+ */
+bool kasmina_align_to_x(kasmina_tensor *x, kasmina_tensor *other, kasmina_layout *layout, kasmina_status *status);
+
+/* Offsets alone. */
 bool kasmina_read_chunks(kasmina_tensor *seed_offsets, kasmina_chunks *chunks, kasmina_status *status);
 
 /* Allocate `bytes` on the device of `like`; *data is NULL for 0 bytes. The tensor is owned by the caller. */

@@ -9,5 +9,9 @@ void kasmina_chunked_backward(StableIValue *stack, uint64_t num_args, uint64_t n
 void kasmina_telemetry_update(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 void kasmina_telemetry_reduce(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 void kasmina_telemetry_merge(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
+void kasmina_state_update(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
+void kasmina_lifecycle_step(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
+void kasmina_reconstruction_loss(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
+void kasmina_reconstruction_loss_backward(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 
 #endif

@@ -164,25 +164,32 @@ bool kasmina_expect_offsets(const kasmina_op_inputs *in, kasmina_status *status)
     return offsets->device_type != aoti_torch_device_type_cpu() || expect_offset_values(in, status);
 }
 
-bool kasmina_expect_seeds(const kasmina_op_inputs *in, const kasmina_tensor *state, const kasmina_tensor *alpha,
-                          const kasmina_tensor *blueprint_weights, kasmina_status *status)
+bool kasmina_expect_blueprints(const kasmina_op_inputs *in, const kasmina_tensor *state,
+                               const kasmina_tensor *blueprint_weights, kasmina_status *status)
 {
     char given[TEXT];
     const char *op = in->op;
     if (!kasmina_expect_offsets(in, status)) return false;
-    const int64_t seeds = num_seeds(in), state_sizes[] = {8, seeds};
+    const int64_t state_sizes[] = {8, num_seeds(in)};
     if (!expect_dtype(op, "state", state, aoti_torch_dtype_int32(), status) ||
         !expect_device(op, "state", state, "x", in->x, status) ||
         !expect_shape(op, "state", state, 2, state_sizes, "[8, S]", status) ||
-        !expect_dtype(op, "alpha", alpha, aoti_torch_dtype_float32(), status) ||
-        !expect_device(op, "alpha", alpha, "x", in->x, status) ||
-        !expect_shape(op, "alpha", alpha, 1, &seeds, "[S]", status) ||
         !expect_floating(op, "blueprint_weights", blueprint_weights, status) ||
         !expect_device(op, "blueprint_weights", blueprint_weights, "x", in->x, status))
         return false;
     if (blueprint_weights->dim == 2 && blueprint_weights->sizes[1] == num_features(in)) return true;
     return kasmina_fail(status, "%s: blueprint_weights must have shape [P, H] = [P, %" PRId64 "], got %s", op,
                         num_features(in), list_text(given, blueprint_weights->sizes, blueprint_weights->dim));
+}
+
+bool kasmina_expect_seeds(const kasmina_op_inputs *in, const kasmina_tensor *state, const kasmina_tensor *alpha,
+                          const kasmina_tensor *blueprint_weights, kasmina_status *status)
+{
+    if (!kasmina_expect_blueprints(in, state, blueprint_weights, status)) return false;
+    const int64_t seeds = num_seeds(in);
+    return expect_dtype(in->op, "alpha", alpha, aoti_torch_dtype_float32(), status) &&
+           expect_device(in->op, "alpha", alpha, "x", in->x, status) &&
+           expect_shape(in->op, "alpha", alpha, 1, &seeds, "[S]", status);
 }
 
 bool kasmina_expect_accumulator(const kasmina_op_inputs *in, const char *argument, const kasmina_tensor *tensor,
@@ -213,4 +220,48 @@ bool kasmina_expect_mergeable(const char *op, const kasmina_tensor *telemetry, c
     return expect_dtype(op, "other", other, aoti_torch_dtype_float64(), status) &&
            expect_device(op, "other", other, "telemetry", telemetry, status) &&
            expect_shape(op, "other", other, 2, sizes, "[S, 5]", status);
+}
+
+bool kasmina_expect_int32(const char *op, const char *argument, const kasmina_tensor *tensor,
+                          const kasmina_tensor *state, int64_t dim, const int64_t *sizes, const char *named,
+                          kasmina_status *status)
+{
+    return expect_dtype(op, argument, tensor, aoti_torch_dtype_int32(), status) &&
+           expect_device(op, argument, tensor, "state", state, status) &&
+           expect_shape(op, argument, tensor, dim, sizes, named, status);
+}
+
+bool kasmina_expect_state(const char *op, const kasmina_tensor *state, const kasmina_tensor *history,
+                          const kasmina_tensor *history_count, kasmina_status *status)
+{
+    char given[TEXT];
+    if (!expect_dtype(op, "state", state, aoti_torch_dtype_int32(), status)) return false;
+    if (state->dim != 2 || state->sizes[0] != 8)
+        return kasmina_fail(status, "%s: state must have shape [8, S], got %s", op,
+                            list_text(given, state->sizes, state->dim));
+    const int64_t seeds = state->sizes[1], history_sizes[] = {seeds, 10, 2};
+    return kasmina_expect_contiguous(op, "state", state, status) &&
+           kasmina_expect_int32(op, "history", history, state, 3, history_sizes, "[S, 10, 2]", status) &&
+           kasmina_expect_contiguous(op, "history", history, status) &&
+           kasmina_expect_int32(op, "history_count", history_count, state, 1, &seeds, "[S]", status) &&
+           kasmina_expect_contiguous(op, "history_count", history_count, status);
+}
+
+bool kasmina_expect_alpha(const char *op, const kasmina_tensor *alpha, const kasmina_tensor *state,
+                          kasmina_status *status)
+{
+    return expect_dtype(op, "alpha", alpha, aoti_torch_dtype_float32(), status) &&
+           expect_device(op, "alpha", alpha, "state", state, status) &&
+           expect_shape(op, "alpha", alpha, 1, &state->sizes[1], "[S]", status) &&
+           kasmina_expect_contiguous(op, "alpha", alpha, status);
+}
+
+bool kasmina_expect_grad_loss(const kasmina_op_inputs *in, const kasmina_tensor *grad_loss, kasmina_status *status)
+{
+    const bool wide = in->x->scalar_type == aoti_torch_dtype_float64();
+    const int64_t seeds = num_seeds(in);
+    return expect_dtype(in->op, "grad_loss", grad_loss, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                        status) &&
+           expect_device(in->op, "grad_loss", grad_loss, "x", in->x, status) &&
+           expect_shape(in->op, "grad_loss", grad_loss, 1, &seeds, "[S]", status);
 }

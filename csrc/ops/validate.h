@@ -40,6 +40,26 @@ bool kasmina_expect_telemetry(const char *op, const char *argument, const kasmin
 bool kasmina_expect_mergeable(const char *op, const kasmina_tensor *telemetry, const kasmina_tensor *other,
                               kasmina_status *status);
 
+/* state int32 [8, S], history int32 [S, 10, 2], history_count int32 [S], all contiguous: an operator writes them. */
+bool kasmina_expect_state(const char *op, const kasmina_tensor *state, const kasmina_tensor *history,
+                          const kasmina_tensor *history_count, kasmina_status *status);
+
+/* int32 of the given shape (`named` in the message) on the device of `state`. */
+bool kasmina_expect_int32(const char *op, const char *argument, const kasmina_tensor *tensor,
+                          const kasmina_tensor *state, int64_t dim, const int64_t *sizes, const char *named,
+                          kasmina_status *status);
+
+/* `alpha`, to be written, is contiguous float32 [S] on the device of `state`. */
+bool kasmina_expect_alpha(const char *op, const kasmina_tensor *alpha, const kasmina_tensor *state,
+                          kasmina_status *status);
+
+/* state and bank for an operator that reads no alpha; offsets as above. */
+bool kasmina_expect_blueprints(const kasmina_op_inputs *in, const kasmina_tensor *state,
+                               const kasmina_tensor *blueprint_weights, kasmina_status *status);
+
+/* `grad_loss` is [S], float32 or, for a float64 x, float64. */
+bool kasmina_expect_grad_loss(const kasmina_op_inputs *in, const kasmina_tensor *grad_loss, kasmina_status *status);
+
 bool kasmina_expect_contiguous(const char *op, const char *argument, const kasmina_tensor *tensor,
                                kasmina_status *status);
 

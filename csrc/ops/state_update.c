@@ -1,0 +1,74 @@
+#include <inttypes.h>
+
+#include "ops/common.h"
+#include "ops/ops.h"
+#include "ops/validate.h"
+
+enum { STATE, HISTORY, HISTORY_COUNT, SEED_IDS, VALUES, MASK, RULES, NUM_INPUTS };
+enum { VERDICTS = NUM_INPUTS, WORKSPACE, NUM_TENSORS };
+enum { NUM_BLUEPRINTS = NUM_INPUTS }; /* slot of the int */
+
+static const char op[] = "state_update";
+static const char *const names[] = {"state", "history", "history_count", "seed_ids", "values", "mask", "rules"};
+
+static bool validate(const kasmina_tensor *t, kasmina_status *status)
+{
+    const kasmina_tensor *state = &t[STATE];
+    if (!kasmina_expect_state(op, state, &t[HISTORY], &t[HISTORY_COUNT], status)) return false;
+    if (t[SEED_IDS].dim != 1)
+        return kasmina_fail(status, "%s: seed_ids must have shape [U], got %" PRId64 " dimensions", op,
+                            t[SEED_IDS].dim);
+    const int64_t updates = t[SEED_IDS].sizes[0];
+    const int64_t values[] = {updates, 4}, rules[] = {11, 11};
+    if (updates > INT32_MAX)
+        return kasmina_fail(status, "%s: seed_ids must have at most %d elements, got %" PRId64, op, INT32_MAX, updates);
+    return kasmina_expect_int32(op, "seed_ids", &t[SEED_IDS], state, 1, &updates, "[U]", status) &&
+           kasmina_expect_int32(op, "values", &t[VALUES], state, 2, values, "[U, 4]", status) &&
+           kasmina_expect_int32(op, "mask", &t[MASK], state, 1, &updates, "[U]", status) &&
+           kasmina_expect_int32(op, "rules", &t[RULES], state, 2, rules, "[11, 11]", status);
+}
+
+static bool run(kasmina_tensor *t, int64_t num_blueprints, const kasmina_device_scope *scope, kasmina_status *status)
+{
+    kasmina_state_update_args args = {.num_blueprints = num_blueprints};
+    args.num_updates = t[SEED_IDS].sizes[0];
+    args.num_seeds = t[STATE].sizes[1];
+    if (!kasmina_tensor_empty_1d(&t[VERDICTS], args.num_updates, aoti_torch_dtype_int32(), &t[STATE], status))
+        return false;
+    if (args.num_updates == 0) return true;
+    for (int i = SEED_IDS; i <= RULES; ++i)
+        if (!kasmina_tensor_make_contiguous(&t[i], status)) return false;
+    if (args.num_seeds) {
+        args.state = kasmina_tensor_mutable_data(&t[STATE], status);
+        args.history = kasmina_tensor_mutable_data(&t[HISTORY], status);
+        args.history_count = kasmina_tensor_mutable_data(&t[HISTORY_COUNT], status);
+    }
+    args.seed_ids = kasmina_tensor_data(&t[SEED_IDS], status);
+    args.values = kasmina_tensor_data(&t[VALUES], status);
+    args.mask = kasmina_tensor_data(&t[MASK], status);
+    args.rules = kasmina_tensor_data(&t[RULES], status);
+    args.verdicts = kasmina_tensor_mutable_data(&t[VERDICTS], status);
+    void *winner = NULL;
+    if (status->failed || !kasmina_make_workspace(&t[WORKSPACE], &winner, (size_t)args.num_seeds * sizeof *args.winner,
+                                                  &t[STATE], status))
+        return false;
+    args.winner = winner;
+    return kasmina_device_check(scope, KASMINA_LAUNCH(scope, state_update, &args), op, status);
+}
+
+void kasmina_state_update(StableIValue *stack, uint64_t num_args, uint64_t num_outputs)
+{
+    kasmina_status status = {0};
+    kasmina_tensor t[NUM_TENSORS] = {0};
+    kasmina_device_scope scope = {0};
+    const int64_t num_blueprints = (int64_t)stack[NUM_BLUEPRINTS];
+    (void)num_args, (void)num_outputs;
+    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
+    if (!validate(t, &status)) goto done;
+    if (!kasmina_device_enter(&scope, &t[STATE], &status)) goto done;
+    if (run(t, num_blueprints, &scope, &status)) kasmina_tensor_return(&t[VERDICTS], &stack[0]);
+done:
+    kasmina_device_leave(&scope);
+    kasmina_tensors_release(t, NUM_TENSORS);
+    kasmina_raise(&status, op);
+}

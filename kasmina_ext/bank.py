@@ -1,0 +1,124 @@
+"""The bank of blueprints: what writes it, and what it is compared with while seeds train."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kasmina_ext import reference
+from kasmina_ext._dispatch import blend_ops
+from kasmina_ext.grafting import GraftingStrategy
+from kasmina_ext.seed_arguments import SeedIds, on_device
+from kasmina_ext.state import ExtendedStateTensor
+from kasmina_ext.state_layout import StateVar
+from kasmina_ext.telemetry import TelemetryColumn
+
+# Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
+_MULTIPLICATIVE, _ADDITIVE, _MIXED, _AFFINE = map(int, GraftingStrategy)
+
+
+class BlueprintBank:
+    """The part of :class:`~kasmina_ext.layer.KasminaLayer` that looks after ``blueprint_weights [P, H]``."""
+
+    num_seeds: int
+    num_blueprints: int
+    hidden_dim: int
+    strategy: GraftingStrategy
+    enable_kernels: bool
+    blueprint_weights: Tensor
+    extended_state: ExtendedStateTensor
+
+    def _reset_bank(self) -> None:
+        """Neutral for the layer's strategy: nothing changes when a seed is grafted."""
+        bank = self.blueprint_weights
+        rows = [self.strategy.neutral[p % self.strategy.rows] for p in range(self.num_blueprints)]
+        values = torch.tensor(rows, device=bank.device)[:, None].expand(bank.shape)
+        self._write_bank(torch.ones(bank.shape, dtype=torch.bool, device=bank.device), values)
+
+    def _make_neutral(self, chosen: Tensor) -> None:
+        """Where ``chosen [S]``, the blueprint becomes its strategy's neutral element, in the seed's own features only.
+
+        MIXED has none: it starts at the mean of what the seed has seen, 0 where nothing was
+        measured.
+        """
+        seen = self._buffers["telemetry"]
+        measured = seen[:, TelemetryColumn.COUNT] > 0
+        mean = torch.where(measured, seen[:, TelemetryColumn.MEAN], 0.0)
+        strategy = self._buffers["state"][StateVar.GRAFTING_STRATEGY]
+        scales = (strategy == _MULTIPLICATIVE) | (strategy == _AFFINE)
+        first = torch.where(strategy == _MIXED, mean, scales.to(mean.dtype))
+        owner, is_first, is_second = self._rows_of(chosen)
+        self._write_bank(is_first | is_second, torch.where(is_first, first[owner], 0.0))
+
+    def blueprint_mask(self, chosen: Tensor) -> Tensor:
+        """bool ``[P, H]``: the elements of the bank that the seeds where ``chosen [S]`` use. Does not wait."""
+        _, is_first, is_second = self._rows_of(chosen)
+        return is_first | is_second
+
+    def _rows_of(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each feature's owner ``[H]``, and where in the bank the first and the second rows of the chosen seeds are."""
+        state = self._buffers["state"]
+        owner, owned = reference.feature_owner(self._buffers["seed_offsets"], self.hidden_dim)
+        blueprint = state[StateVar.BLUEPRINT_ID][owner]
+        features = chosen[owner] & owned & (blueprint >= 0)
+        affine = state[StateVar.GRAFTING_STRATEGY][owner] == _AFFINE
+        row = torch.arange(self.num_blueprints, device=state.device)[:, None]
+        return owner, features & (row == blueprint), features & affine & (row == blueprint + 1)
+
+    def _write_bank(self, mask: Tensor, values: Tensor) -> None:
+        """The one place that writes the bank: ``values`` where ``mask``, both ``[P, H]`` on the bank's device."""
+        if "blueprint_weights" not in self._parameters:
+            raise RuntimeError("blueprint_weights is parametrized: what is written to it would be lost")
+        with torch.no_grad():
+            bank = self.blueprint_weights
+            bank.copy_(torch.where(mask, values.to(bank.dtype), bank))
+
+    # ---- what an optimizer remembers -------------------------------------------------------------
+
+    def reset_optimizer_state(self, optimizer: Optimizer, seed_ids: SeedIds = None) -> None:
+        """Zero what ``optimizer`` remembers of the blueprints that these seeds use: a new one must not inherit it.
+
+        That is every tensor in its state of the bank's shape: the moments of Adam, AdamW or Lion,
+        the momentum of SGD. Counters of steps stay. An optimizer that does not train the bank, or
+        has not stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a
+        mask (bool ``[S]``) it never waits for the device.
+        """
+        bank = self.blueprint_weights
+        remembered = optimizer.state.get(bank, {}).values()
+        moments = [value for value in remembered if isinstance(value, Tensor) and value.shape == bank.shape]
+        mask = self.blueprint_mask(self._chosen(seed_ids))
+        for moment in moments:
+            moment.detach().masked_fill_(mask.to(moment.device), 0)
+
+    def _chosen(self, seed_ids: SeedIds) -> Tensor:
+        device, seeds = self._buffers["state"].device, self.num_seeds
+        if isinstance(seed_ids, Tensor) and seed_ids.dtype == torch.bool and seed_ids.shape == (seeds,):
+            return on_device(device, seed_ids)
+        chosen = torch.zeros(seeds, dtype=torch.bool, device=device)
+        chosen[self.extended_state.ids(seed_ids)] = True
+        return chosen
+
+    # ---- training a blueprint before it is grafted -----------------------------------------------
+
+    def reconstruction_loss(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """How far the blueprints of seeds in TRAINING are from reproducing their chunks: ``[S]``, 0 for all other seeds.
+
+        The mean of ``(g(x, w) - target)^2`` over the chunk and all rows, with ``g`` what the seed
+        would put out at alpha 1. ``x`` are activations that the base layer put out, in the layer's
+        own layout; ``target`` is like ``x``, by default ``x`` itself: a teacher's activations, say,
+        or the undamaged network's. Both are taken as constants, so the gradient reaches the bank
+        only: add the sum to the loss of the task. float32; float64 for a float64 ``x``.
+        """
+        target = x if target is None else target
+        if target.shape != x.shape:
+            raise ValueError(f"target must have the shape of x, {list(x.shape)}, got {list(target.shape)}")
+        buffers = self._buffers
+        features_last = self._features_last(x)
+        return blend_ops(x.device, x.dtype, self.enable_kernels).reconstruction_loss(
+            features_last,
+            features_last if target is x else self._features_last(target),
+            buffers["seed_offsets"],
+            buffers["state"],
+            self.blueprint_weights,
+        )

@@ -1,0 +1,144 @@
+"""The event log: one JSON line for each transition, written without ever waiting for a device in the middle of training."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from itertools import accumulate
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kasmina_ext.lifecycle import ExtendedLifecycle
+
+Sink = str | PathLike[str] | Callable[[dict[str, Any]], object] | None
+"""A file that lines are appended to, a function that takes each event as a dict, or None."""
+
+
+class EventLog:
+    """Turns rows of tensors into events, in the order of :meth:`record`.
+
+    On a GPU the rows come over with asynchronous copies; an event is written by the first
+    :meth:`poll` after its rows have arrived, at the latest by :meth:`flush`.
+    """
+
+    def __init__(
+        self, sink: Sink, layers: Mapping[str, int], numbers: Mapping[str, Collection[str]] | None = None
+    ) -> None:
+        """``layers``: their names and numbers of seeds, in order. ``numbers``: what to write of a transition, by the
+        name of the state entered; None is everything.
+        """
+        self._numbers = numbers
+        self._names = list(layers)
+        self._starts = [0, *accumulate(layers.values())]
+        self._path = None if sink is None or callable(sink) else Path(sink)
+        self._call = sink if callable(sink) else None
+        self._pending: deque[_Rows] = deque()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody listens: recording costs something."""
+        return self._path is not None or self._call is not None
+
+    def record(self, head: Mapping[str, Any], rows: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """An event for each seed where ``rows [T]``: its values in ``columns`` (``[T]``, or one for all) and in ``head``.
+
+        ``head`` has the step and the tick, ``columns`` the states ``from`` and ``to``; columns must
+        not be written afterwards. Values that are NaN or infinite are left out.
+        """
+        if self.wanted:
+            self._pending.append(_Rows(dict(head), rows, dict(columns)))
+            self.poll()
+
+    def poll(self) -> None:
+        """Write what has arrived. Waits for nothing."""
+        self._write(wait=False)
+
+    def flush(self) -> None:
+        """Write everything. Waits for the device."""
+        self._write(wait=True)
+
+    def _write(self, wait: bool) -> None:
+        events = []
+        while self._pending and self._pending[0].arrived(wait):
+            rows = self._pending.popleft()
+            events += [self._event(rows.head, values) for values in rows.values()]
+        if self._call is not None:
+            for event in events:
+                self._call(event)
+        elif events:
+            text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def _event(self, head: dict[str, Any], values: dict[str, float]) -> dict[str, Any]:
+        number = bisect_right(self._starts, values["seed"]) - 1
+        seed = int(values.pop("seed")) - self._starts[number]
+        states = {end: state_name(values.pop(end)) for end in ("from", "to")}
+        place = {"step": head["step"], "tick": head["tick"], "layer": self._names[number], "seed": seed}
+        numbers = {name: value for name, value in (values | head).items() if name not in place}
+        if self._numbers is not None:
+            numbers = {name: value for name, value in numbers.items() if name in self._numbers[states["to"]]}
+        return {**place, **states, **{name: _plain(value) for name, value in numbers.items() if math.isfinite(value)}}
+
+
+class _Rows:
+    """Chosen rows on their way to the host: first how many there are, then, once that is known, the rows."""
+
+    def __init__(self, head: dict[str, Any], rows: Tensor, columns: dict[str, Tensor]) -> None:
+        self.head, self._rows, self._columns = head, rows, columns
+        self._count: _Copy | None = _Copy(rows.sum())
+        self._table: _Copy | None = None
+
+    def arrived(self, wait: bool) -> bool:
+        if self._table is None:
+            if not self._count.arrived(wait):
+                return False
+            count = int(self._count.values)
+            # Not nonzero: the device would have to be asked for its size.
+            chosen = self._rows.logical_not().to(torch.uint8).argsort(stable=True)[:count]
+            columns = [column.expand(self._rows.shape)[chosen].double() for column in self._columns.values()]
+            self._table = _Copy(torch.stack((chosen.double(), *columns), 1))
+        return self._table.arrived(wait)
+
+    def values(self) -> list[dict[str, float]]:
+        """Of each row; ``seed`` is its number among all ``T``."""
+        names = ("seed", *self._columns)
+        return [dict(zip(names, row, strict=True)) for row in self._table.values.tolist()]
+
+
+class _Copy:
+    """A tensor's copy on the host, asynchronous from a GPU (of CUDA: from another, it waits)."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event = None
+        if values.is_cuda:
+            self.values = values.to("cpu", non_blocking=True)  # into pinned memory
+            with torch.cuda.device(values.device):
+                self._event = torch.cuda.Event()
+                self._event.record()
+        else:
+            self.values = values.cpu()
+
+    def arrived(self, wait: bool) -> bool:
+        if self._event is None or self._event.query():
+            return True
+        if wait:
+            self._event.synchronize()
+        return wait
+
+
+def state_name(state: float) -> str:
+    """A state's name, or the number where somebody wrote what is no state."""
+    number = int(state)
+    return ExtendedLifecycle(number).name if 0 <= number < len(ExtendedLifecycle) else str(number)
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value.is_integer() else value

@@ -1,0 +1,259 @@
+"""Losses at other alphas than the present ones, measured so that nothing notices."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from kasmina_ext.layer import KasminaLayer
+
+Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
+"""A KasminaLayer, a model that contains some, or several of either, with names of your own in a dict."""
+LossFunction = Callable[[Any], Tensor]
+"""The loss of one batch: a number or, from which errors are known better, a number for each sample."""
+
+
+def roots_of(layers: Layers) -> dict[str, nn.Module]:
+    """The modules given, by name: "" for a single one, numbers in a list. TypeError for anything else."""
+    if isinstance(layers, Mapping):
+        roots = dict(layers)
+    elif isinstance(layers, nn.Module):
+        roots = {"": layers}
+    elif isinstance(layers, Iterable):
+        roots = {str(number): root for number, root in enumerate(layers)}
+    else:
+        raise TypeError(f"layers must be a module or several, got {type(layers).__name__}")
+    for root in roots.values():
+        if not isinstance(root, nn.Module):
+            raise TypeError(f"layers must be modules, got {type(root).__name__}")
+    return roots
+
+
+def seed_layers(layers: Layers) -> dict[str, KasminaLayer]:
+    """The KasminaLayers in ``layers``, each once, in order, by their names in the model (by number in a list).
+
+    ValueError where there is none, TypeError as :func:`roots_of`.
+    """
+    found: dict[str, KasminaLayer] = {}
+    for prefix, root in roots_of(layers).items():
+        for name, module in root.named_modules():
+            if isinstance(module, KasminaLayer) and not any(module is layer for layer in found.values()):
+                found[".".join(part for part in (prefix, _plain(name)) if part)] = module
+    if not found:
+        raise ValueError("there is no KasminaLayer in layers")
+    return found
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+class Layout:
+    """Where the seeds of several layers lie in one tensor of all of them, ``[T]``."""
+
+    def __init__(self, layers: Sequence[KasminaLayer]) -> None:
+        self.layers = list(layers)
+        self.sizes = [layer.num_seeds for layer in self.layers]
+        self.total = sum(self.sizes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where joined tensors live: with the first layer."""
+        return self.layers[0].device
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One ``[T, ...]`` of one ``[S, ...]`` for each layer. Waits for no device."""
+        device = self.device
+        return torch.cat([tensor.detach().to(device, non_blocking=True) for tensor in tensors])
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The reverse of :meth:`join`, each on its layer's device."""
+        pieces = joined.split(self.sizes)
+        return [piece.to(layer.device, non_blocking=True) for piece, layer in zip(pieces, self.layers, strict=True)]
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer of all layers, joined along the seeds (``state``: ``[8, T]``)."""
+        tensors = [layer._buffers[name] for layer in self.layers]
+        return self.join([t.t() for t in tensors]).t() if name == "state" else self.join(tensors)
+
+
+class Moments:
+    """Weighted mean and its standard error over batches, of ``[T]`` values at once (West, 1979).
+
+    Values that are not finite are left out.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean, self._m2, self._weight, self._count = (
+            torch.zeros_like(like, dtype=torch.float64) for _ in range(4)
+        )
+
+    def add(self, values: Tensor, weight: float) -> None:
+        finite = torch.isfinite(values)
+        delta = torch.where(finite, values.double() - self._mean, 0.0)
+        weights = torch.where(finite, float(weight), 0.0)
+        self._count += finite.double()
+        self._weight += weights
+        share = torch.where(finite, weights / self._weight, 0.0)
+        self._mean += delta * share
+        self._m2 += weights * delta * delta * (1 - share)
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 ``[T]``; NaN where no batch gave a finite value."""
+        return torch.where(self._count > 0, self._mean, torch.nan)
+
+    @property
+    def error(self) -> Tensor:
+        """Standard error of the mean, float64 ``[T]``; NaN from fewer than two batches."""
+        variance = self._m2 / (self._weight * (self._count - 1))
+        return torch.where(self._count > 1, variance.sqrt(), torch.nan)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Of a sample: its mean, and the mean's standard error (NaN for a single value)."""
+    mean = values.mean().item()
+    return mean, (values.std() / len(values) ** 0.5).item() if len(values) > 1 else float("nan")
+
+
+class Measurement:
+    """A context in which the same batches can be passed through a network again and again, at alphas of one's choice.
+
+    Inside, every module given or run is in eval mode (recurrent ones excepted, whose backward needs
+    training mode) and collects no telemetry; every batch starts from the same random numbers. After
+    it, modes, telemetry, BatchNorm statistics, torch's random state, alphas and all ``.grad`` are as
+    they were: alphas are swapped, not written, and gradients are taken with respect to them alone.
+
+    ``batches`` are walked through once and kept; ``loss_fn(batch)`` gives the loss, a scalar or one
+    value for each sample, which are then averaged over all batches alike.
+    """
+
+    alpha: Tensor
+    """float32 ``[T]``: as it was on entering."""
+    num_batches: int
+
+    def __init__(self, layers: Layers, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+        self._roots = roots_of(layers)
+        named = seed_layers(self._roots)
+        self.names, self.layout = list(named), Layout(list(named.values()))
+        self._given, self._loss_fn = batches, loss_fn
+        self._batches: list[Any] = []
+        self._seen: dict[int, nn.Module] = {}
+
+    # ---- leaving no trace ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Measurement:
+        layers = self.layout.layers
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            self._cuda = sorted({layer.device.index or 0 for layer in layers if layer.device.type == "cuda"})
+            stack.enter_context(torch.random.fork_rng(self._cuda))
+            self._batches = list(self._given)  # shuffling takes random numbers, too
+            self.num_batches = len(self._batches)
+            if not self._batches:
+                raise ValueError("there are no batches to measure on")
+            self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(index) for index in self._cuda]
+            self.alpha = self.layout.buffer("alpha").clone()
+            for layer in layers:
+                stack.callback(layer._buffers.__setitem__, "alpha", layer._buffers["alpha"])
+            self._modes: list[tuple[nn.Module, str]] = []
+            stack.callback(self._restore_modes)
+            for root in self._roots.values():
+                self._quieten(root)
+            # The hook may run once more for a compiled module; it does no more then.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message=".*when there are global hooks on modules")
+            hook = register_module_forward_pre_hook(lambda module, _: self._quieten(module))
+            stack.callback(hook.remove)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._batches, self._seen = [], {}
+
+    def _quieten(self, module: nn.Module) -> None:
+        """The first time that a module is seen: no training mode, no telemetry, for all that is in it."""
+        if id(module) in self._seen:
+            return
+        for each in module.modules():
+            if id(each) in self._seen:
+                continue
+            self._seen[id(each)] = each
+            if each.training and not isinstance(each, nn.RNNBase):
+                self._switch_off(each, "training")
+            if isinstance(each, KasminaLayer) and each.telemetry_enabled:
+                self._switch_off(each, "telemetry_enabled")
+
+    def _switch_off(self, module: nn.Module, switch: str) -> None:
+        self._modes.append((module, switch))
+        setattr(module, switch, False)
+
+    def _restore_modes(self) -> None:
+        for module, switch in self._modes:
+            setattr(module, switch, True)
+
+    # ---- passes --------------------------------------------------------------------------------------------------
+
+    def losses(self, alpha: Tensor) -> Tensor:
+        """float64 ``[n]``: the loss of every batch (or sample) with the seeds at ``alpha [T]``; one forward pass each.
+
+        Values of two calls belong together pair by pair.
+        """
+        with torch.no_grad():
+            self._set_alphas(self._pieces(alpha))
+            return torch.cat([self._loss(batch)[1] for batch in self._batches])
+
+    def slopes(self, alphas: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each batch: its losses at the last of ``alphas``, and ``dL/dalpha`` of their mean at each of them.
+
+        float64 ``[n]``, and as many float64 ``[T]``. ValueError in the end where no batch's loss
+        depends on any of the layers.
+        """
+        leaves = [[piece.requires_grad_() for piece in self._pieces(alpha)] for alpha in alphas]
+        reached = False
+        for batch in self._batches:
+            slopes = []
+            for at in leaves:
+                self._set_alphas(at)
+                with torch.enable_grad():
+                    mean, losses = self._loss(batch)
+                found = torch.autograd.grad(mean, at, allow_unused=True) if mean.requires_grad else [None] * len(at)
+                reached = reached or any(slope is not None for slope in found)
+                slopes.append(
+                    self.layout.join([zeros_if_none(slope, leaf) for slope, leaf in zip(found, at, strict=True)])
+                )
+            yield losses, [slope.double() for slope in slopes]
+        if not reached:
+            raise ValueError("loss_fn's loss depends on none of the layers: it must run them, and not under no_grad")
+
+    def _pieces(self, alpha: Tensor) -> list[Tensor]:
+        """Copies, of the dtype that the layers need."""
+        return [piece.detach().to(torch.float32, copy=True) for piece in self.layout.split(alpha)]
+
+    def _set_alphas(self, alphas: Sequence[Tensor]) -> None:
+        for layer, alpha in zip(self.layout.layers, alphas, strict=True):
+            layer._buffers["alpha"] = alpha
+
+    def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The batch's mean loss with its graph, and its losses as float64 ``[n]`` without."""
+        cpu, cuda = self._random
+        torch.set_rng_state(cpu)
+        for index, state in zip(self._cuda, cuda, strict=True):
+            torch.cuda.set_rng_state(state, index)
+        loss = self._loss_fn(batch)
+        if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.numel() == 0:
+            what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"loss_fn must return a floating tensor, a loss or one for each sample, got {what}")
+        return loss.mean(), loss.detach().to(self.layout.device, torch.float64).flatten()
+
+
+def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient

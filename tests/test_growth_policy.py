@@ -1,0 +1,166 @@
+"""Policies of ones own, what the default one does when something goes wrong, and bad arguments."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from growing import STATES, Classifier, Run
+
+from kasmina_ext import GrowthController, TransitionRules, default_policy
+from kasmina_ext.policy import STAY
+from kasmina_ext.state_layout import StateVar
+
+# ---- policies --------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_of_ones_own():
+    asked = []
+
+    def wake_the_last(seeds):
+        asked.append((seeds.tick, seeds.measured is not None))
+        wanted = torch.full_like(seeds.lifecycle, STAY)
+        wanted[-1] = torch.where(seeds.lifecycle[-1] == 0, 1, 2)
+        wanted[0] = 7  # which the rules refuse
+        return wanted
+
+    run = Run(policy=wake_the_last)
+    run.step(2)
+    run.evaluate()
+    assert asked == [(1, False), (2, False), (2, True)]
+    assert run.states() == [0, 0, 0, 0, 0, 0, 2]
+    assert [(event["from"], event["to"]) for event in run.events] == [
+        ("DORMANT", "GERMINATED"),
+        ("GERMINATED", "TRAINING"),
+    ]
+    assert {"epochs", "potential", "lives", "errors", "loss"} <= run.events[0].keys()
+
+
+def test_no_policy_exceeds_the_budget():
+    def everybody(seeds):
+        return torch.where(seeds.lifecycle == 0, 1, STAY)
+
+    run = Run(policy=everybody, budget=3)
+    potential = []
+    run.step(1, lambda: potential.extend(torch.cat([layer.grad_telemetry for layer in run.model.layers])))
+    assert run.alive() == 3
+    run.control.rules = TransitionRules.any()
+    run.control.policy = lambda seeds: torch.full_like(seeds.lifecycle, STATES.GRAFTING)
+    run.step(1)
+    assert run.alive() == 3 and run.states().count(STATES.GRAFTING) == 3
+
+
+def test_scores_of_ones_own_and_random_ones():
+    last = functools.partial(default_policy, score=lambda seeds: torch.arange(7, 0, -1).flip(0))
+    run = Run(policy=last, budget=2)
+    run.step(2)
+    assert run.states() == [0, 0, 0, 0, 0, 1, 1]
+    assert "reconstruction" not in run.events[0]  # a default policy by another score still logs what decides
+
+    def chosen(seed):
+        run = Run(policy=functools.partial(default_policy, score=lambda seeds: seeds.random()), budget=2, seed=seed)
+        run.step(2)
+        return run.states()
+
+    picked = [chosen(seed) for seed in range(6)]
+    assert picked == [chosen(seed) for seed in range(6)] and len(set(map(tuple, picked))) > 2
+    assert all(sum(states) == 2 for states in picked)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(6, dtype=torch.int32), torch.zeros(7)])
+def test_a_policy_that_returns_nonsense(wrong):
+    run = Run(policy=lambda seeds: wrong)
+    with pytest.raises(TypeError, match=r"a policy must return integers \[7\]"):
+        run.step(1)
+
+
+def test_what_has_not_learnt_to_reconstruct_is_not_grafted_and_given_up():
+    run = Run()  # TRAINING lasts 2
+    given = [torch.full((4,), 0.005), torch.full((3,), 0.02)]
+    for _ in range(12):
+        run.control.step(None, given)
+        for layer in run.model.layers:
+            layer.grad_telemetry += 1
+    assert set(run.states()[:4]) == {STATES.EVALUATING}
+    assert [event["seed"] for event in run.events if event["to"] == "CANCELLED"] == [0, 1, 2]
+    assert all(e["reconstruction"] == pytest.approx(0.02) for e in run.events if e["to"] == "CANCELLED")
+    with pytest.raises(ValueError, match=r"one tensor \[S\] for each layer"):
+        run.control.step(None, given[:1])
+
+
+# ---- trouble ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_blueprint_that_is_not_finite_is_rolled_back():
+    run = Run(schedule=None)
+    plain = copy.deepcopy(run.model)
+    run.step(12)
+    assert STATES.EVALUATING in run.states()
+    with torch.no_grad():
+        run.model.second.blueprint_weights[1, 5] = torch.nan  # seed 1, its shift
+    run.control.step()
+    assert run.states()[5] == STATES.ROLLED_BACK and run.alive() == 6
+    assert [event["nonfinite"] for event in run.events if event["to"] == "ROLLED_BACK"] == [1]
+    assert all(bank.isfinite().all() for bank in run.banks)
+    assert all(value.isfinite().all() for state in run.optimizer.state.values() for value in state.values())
+    for seed in (0, 2):
+        run.model.second.state[StateVar.LIFECYCLE_STATE, seed] = 0
+    run.model.first.state[StateVar.LIFECYCLE_STATE] = 0
+    assert torch.equal(run.model(run.train[0]), plain(run.train[0]))
+
+
+def test_optimizer_moments_begin_and_end_with_a_blueprint():
+    run = Run(z=float("inf"), rest=0)
+    run.step(20)
+    moments = run.optimizer.state[run.banks[0]]["exp_avg"]
+    assert (moments != 0).all()
+    run.evaluate()
+    assert (moments == 0).all()
+    run.step(1)
+    moments.fill_(3.0)
+    run.control.ticks += run.control.ticks % 2
+    run.step(2)
+    assert STATES.GERMINATED in run.states()[:4] or STATES.TRAINING in run.states()[:4]
+    assert (moments.abs() < 1).all()
+
+
+def test_an_evaluating_seed_with_errors_is_culled_and_never_comes_back():
+    run = Run(rest=0)
+    run.step(12)
+    assert run.states()[0] == STATES.EVALUATING
+    run.model.first.state[StateVar.ERROR_COUNT, 0] = 6
+    with torch.no_grad():  # it is worth a lot
+        run.model.first.blueprint_weights[0, :4] = 1.0
+    run.evaluate()
+    assert run.states()[0] == STATES.CULLED
+    run.step(10)
+    assert run.states()[0] == STATES.DORMANT
+
+
+def test_bad_arguments():
+    model = Classifier()
+    with pytest.raises(TypeError, match="no setting 'buget'"):
+        GrowthController(model, buget=3)
+    with pytest.raises(ValueError, match="no KasminaLayer"):
+        GrowthController(torch.nn.Linear(2, 2))
+    for settings, message in (
+        ({"budget": 1.5}, "budget"),
+        ({"budget": -1}, "budget"),
+        ({"budget": True}, "budget"),
+        ({"budget_in": "euros"}, "budget_in"),
+        ({"tick_every": 0}, "tick_every"),
+        ({"wave": 0.0}, "wave"),
+        ({"group": 2.0}, "group"),
+        ({"exact": -1}, "exact"),
+        ({"z": float("nan")}, "z must"),
+        ({"scale": -1.0}, "factor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GrowthController(model, **settings)
+    run = Run()
+    with pytest.raises(ValueError, match="at least 2 batches"):
+        run.control.evaluate(run.held[:1], run.model.loss)
+    with pytest.raises(ValueError, match="budget"):
+        run.control.budget = 1.1
