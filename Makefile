@@ -15,7 +15,7 @@ endif
 
 C_FILES := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-.PHONY: help setup build test demo check bench gpu-check clean
+.PHONY: help setup build test demo growth check bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -32,6 +32,9 @@ test: build ## run all tests
 
 demo: build ## watch a damaged network grow back (ARGS="--help" lists its options)
 	$(PY) scripts/demo.py $(ARGS)
+
+growth: build ## measure if growth earns its keep: where to grow, what to cull, who helped (ten minutes on two cores)
+	$(PY) scripts/growth.py $(ARGS)
 
 check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, formats, and the CPU kernels under address and undefined-behaviour sanitizers
 	$(BIN)ruff check .

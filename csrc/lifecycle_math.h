@@ -71,8 +71,9 @@ KASMINA_FN void kasmina_transition(int32_t *state, int32_t *history, int32_t *hi
                                    int64_t seed, int32_t to)
 {
     int32_t *lifecycle = kasmina_state_cell(state, num_seeds, seed, KASMINA_LIFECYCLE_STATE);
-    /* Unsigned, so that a count that was never meant to get there wraps instead of being undefined. */
-    int64_t at = seed * KASMINA_HISTORY_LENGTH + (int64_t)((uint32_t)history_count[seed] % KASMINA_HISTORY_LENGTH);
+    /* A count past 2^31 - 1 has wrapped (added to as unsigned: the sum is defined): % rounds down, as in Python. */
+    int32_t slot = history_count[seed] % KASMINA_HISTORY_LENGTH;
+    int64_t at = seed * KASMINA_HISTORY_LENGTH + slot + (slot < 0 ? KASMINA_HISTORY_LENGTH : 0);
     history[2 * at] = *lifecycle;
     history[2 * at + 1] = to;
     history_count[seed] = (int32_t)((uint32_t)history_count[seed] + 1u);

@@ -179,11 +179,14 @@ def report(journal: Journal, console: Console, *, readme: Path | None) -> None:
     write_atomically(journal.folder / "demo.png", picture)
     console.print(f"Picture and table: {journal.folder}", soft_wrap=True)
     if readme is not None:
-        text = (readme / "README.md").read_text()
-        before, _, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            raise ValueError(f"README.md has no {BEGIN} ... {END}")
-        whole = f"{before}{BEGIN}\n{table}{END}{after}"
-        write_atomically(readme / "README.md", whole.encode())
+        into_readme(readme / "README.md", table, BEGIN, END)
         write_atomically(readme / "docs" / "demo.png", picture)
+
+
+def into_readme(path: Path, table: str, begin: str, end: str) -> None:
+    """Put ``table`` between two markers of the file; ValueError if it lacks them."""
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path.name} has no {begin} ... {end}")
+    write_atomically(path, f"{before}{begin}\n{table}{end}{after}".encode())

@@ -32,11 +32,13 @@ import evidence  # noqa: E402
 import torch  # noqa: E402
 from demo import commit  # noqa: E402
 from demo_journal import Journal, JournalError  # noqa: E402
+from demo_report import into_readme  # noqa: E402
 from growth_experiments import DAMAGES, EXPERIMENTS, QUICK, Sizes  # noqa: E402
-from growth_report import show, summary  # noqa: E402
+from growth_report import markdown, show, summary  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
+BEGIN, END = "<!-- growth:begin -->", "<!-- growth:end -->"
 RESULTS = ROOT / "benchmarks/results/growth.json"
 
 
@@ -81,12 +83,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "build/growth", metavar="DIR", help="where parts are kept (build/growth)")
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: benchmarks/results/growth.json")
     add("--resume", action="store_true", help="go on with the run in --work; it ends with the same numbers")
+    add("--readme", action="store_true", help="put the table into README.md, too")
     add("--quick", action="store_true", help="to see that all works: the figures mean nothing, so give --out, too")
     options = parser.parse_args(argv)
     if min(options.seeds, options.jobs) < 1:
         parser.error("arguments --seeds and --jobs: at least 1")
-    if options.quick and options.out == RESULTS:
-        parser.error("argument --quick: its figures mean nothing, give another --out")
+    if options.quick and (options.out == RESULTS or options.readme):
+        parser.error("argument --quick: its figures mean nothing, give another --out, and no --readme")
     return options
 
 
@@ -123,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     evidence.write_json(options.out, record)
     console.print(f"Results: {options.out}", soft_wrap=True)
+    if options.readme:
+        into_readme(ROOT / "README.md", markdown(results, journal.config), BEGIN, END)
     return 0
 
 

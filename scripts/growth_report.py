@@ -70,8 +70,8 @@ def account(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def worst(name: str, parts: list[dict[str, Any]]) -> float:
-    values = [part[name] for part in parts]
-    return min(values) if "correlation" in name or name == "gain" else max(values)
+    best_is_high = "correlation" in name or name == "gain"
+    return (min if best_is_high else max)(part[name] for part in parts)
 
 
 def accuracy(parts: list[dict[str, Any]], name: str) -> float:
@@ -86,37 +86,65 @@ def differences(parts: list[dict[str, Any]], which: str, others: dict[str, str])
     }
 
 
-# ---- on the terminal -------------------------------------------------------------------------------------------------
+# ---- as tables ------------------------------------------------------------------------------------------------------
+
+Rows = list[tuple[str, list[str]]]
+"""A label, and a cell for each kind of damage."""
+
+
+def tables(results: dict[str, Any]) -> dict[str, Rows]:
+    """By title."""
+    kinds = list(results["repair"])
+    found = {}
+    for number in (name for name in results["where to grow"]["all"] if name != "damaged"):
+        by_kind = {kind: results["where to grow"][kind][number] for kind in kinds}
+        found[f"Where to grow: {number}, picked by potential"] = _compared(by_kind, "potential")
+    found["What to cull: 24 of 48 seeds, by the controller"] = _compared(results["what to cull"], "controller")
+    found["Grown by the controller alone"] = _compared(results["repair"], "controller")
+    account = results["who helped"]
+    credit = [(name, [_cell(account[kind][name]) for kind in kinds]) for name in account["all"]]
+    found["Who helped: credit (means, and the worst)"] = credit
+    return found
+
+
+def _compared(by_kind: dict[str, dict[str, Any]], which: str) -> Rows:
+    """Accuracy of ``which``, and by how much it is above each of the others."""
+    found = [("accuracy, %", [f"{row[which]:.1f}" for row in by_kind.values()])]
+    for name in next(iter(by_kind.values())):
+        if name.startswith("less "):
+            label = f"above {name.removeprefix('less ')}, points"
+            found.append((label, [_cell(row[name]) for row in by_kind.values()]))
+    return found
+
+
+def _cell(value: dict[str, float]) -> str:
+    """Mean, and the worst or the reach of the (symmetric) interval."""
+    mean = value["mean"]
+    if "worst" in value:
+        shown = [f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in (mean, value["worst"])]
+        return f"{shown[0]} ({shown[1]})"
+    return f"{mean:+.1f} ± {value['high'] - mean:.1f}" if "high" in value else f"{mean:+.1f}"
 
 
 def show(results: dict[str, Any], console: Console) -> None:
-    table = Table(title="Who helped: credit", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    rows = results["who helped"]
-    for name in ("damage", *next(iter(rows.values()))):
-        table.add_column(name, justify="left" if name == "damage" else "right", max_width=14)
-    for kind, row in rows.items():
-        table.add_row(kind, *(cell(value) for value in row.values()))
-    for kind, row in results["where to grow"].items():
-        for number in (name for name in row if name != "damaged"):
-            show_differences(f"{number}, picked by potential; {kind}", row[number], "potential", console)
-    console.print(table)
-    for kind, row in results["what to cull"].items():
-        show_differences(f"24 of 48 seeds left by the controller; {kind}", row, "controller", console)
-    for kind, row in results["repair"].items():
-        show_differences(f"Repaired by the controller; {kind}", row, "controller", console)
+    for title, rows in tables(results).items():
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("damage")
+        for kind in results["repair"]:
+            table.add_column(kind, justify="right", no_wrap=True)
+        for label, cells in rows:
+            table.add_row(label, *cells)
+        console.print(table)
 
 
-def show_differences(title: str, row: dict[str, Any], which: str, console: Console) -> None:
-    """Accuracy of ``which``, and by how much it is above each of the others."""
-    others = {name: value for name, value in row.items() if isinstance(value, float) and name != which}
-    parts = [f"{name} {value:.1f} (difference {cell(row['less ' + name])})" for name, value in others.items()]
-    console.print(f"[bold]{title}[/bold]: {row[which]:.1f} %; {'; '.join(parts)}", soft_wrap=True)
-
-
-def cell(value: dict[str, float]) -> str:
-    """Mean, interval and worst."""
-    digits = 1 if max(abs(value["mean"]), abs(value.get("low", 0.0))) >= 1 else 3
-    text = f"{value['mean']:.{digits}f}"
-    if "worst" in value:
-        return f"{text} (worst {value['worst']:.{digits}f})"
-    return f"{text} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]" if "low" in value else text
+def markdown(results: dict[str, Any], config: dict[str, Any]) -> str:
+    kinds = list(results["repair"])
+    lines = [f"| damage | {' | '.join(kinds)} |", "| --- |" + " ---: |" * len(kinds)]
+    for title, rows in tables(results).items():
+        lines.append(f"| **{title}** |" + " |" * len(kinds))
+        lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in rows]
+    note = (
+        f"Means over {config['seeds']} random seeds for each kind of damage, with paired 95 % intervals by Student's t; "
+        f'"all" pools them. Torch {config["torch"]}, commit {config["commit"]}.'
+    )
+    return "\n".join([*lines, "", note, ""])

@@ -69,7 +69,7 @@ class Seed:
 
     def move(self, to: int) -> None:
         self.ring[self.count % RING] = (self.lifecycle, to)
-        self.count += 1
+        self.count = (self.count + 1 + 2**31) % 2**32 - 2**31  # int32
         self.parent, self.lifecycle, self.epochs = self.lifecycle, to, 0
 
     def consider(self, request: tuple[int, int, int, int], mask: int, rules: list[list[int]], blueprints: int) -> int:

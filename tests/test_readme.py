@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_its_code_runs_and_wrapping_changes_no_bit(capsys):
+def test_its_code_runs_and_wrapping_changes_no_bit(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    before, after, growth = blocks
+    before, after, growth, by_hand = blocks
     names: dict = {}
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(before, names)
     x = torch.rand(5, 64)
@@ -22,8 +23,11 @@ def test_its_code_runs_and_wrapping_changes_no_bit(capsys):
     exec(after, names)
     assert torch.equal(names["model"](x), plain)
     exec(growth, names)
-    assert not torch.equal(names["model"](x), plain)
-    assert "tensor" in capsys.readouterr().out
+    assert "before culling" in capsys.readouterr().out
+    assert (tmp_path / "growth.jsonl").read_text().count("GERMINATED") >= 3
+    exec(by_hand, names)
+    printed = capsys.readouterr().out
+    assert "SEED_OUT_OF_RANGE" in printed and "true gain" in printed
 
 
 def test_the_files_that_it_names_exist():

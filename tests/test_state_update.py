@@ -192,6 +192,16 @@ def test_the_ring_holds_the_last_ten(backend, device):
     assert len(path) > 20
 
 
+@checks.backends
+def test_a_count_past_its_end_wraps(backend, device):
+    """... and its slot in the ring is the count modulo 10 as Python has it."""
+    tensors = model.to_tensors([Seed(count=INT_MAX), Seed(count=INT_MIN), Seed(count=-1)], device)
+    assert apply(backend, tensors, [0, 1, 2], [(1, 0, 0, 0)] * 3, [1] * 3, ANY) == [0, 0, 0]
+    assert tensors.count.tolist() == [INT_MIN, INT_MIN + 1, 0]
+    slots = [INT_MAX % 10, INT_MIN % 10, 9]
+    assert [tensors.history[s, slot].tolist() for s, slot in enumerate(slots)] == [[0, 1]] * 3
+
+
 # ---- against the model -----------------------------------------------------------------------------------------------
 
 _number = st.one_of(st.integers(-2, 12), st.sampled_from([INT_MIN, INT_MAX]))
@@ -206,7 +216,7 @@ _seed = st.builds(
     parent=_number,
     rest=st.lists(_number, min_size=3, max_size=3),
     ring=st.lists(st.tuples(_number, _number), min_size=10, max_size=10),
-    count=st.one_of(st.integers(0, 40), st.just(INT_MAX - 50)),
+    count=st.one_of(st.integers(0, 40), st.sampled_from([INT_MIN, -1, INT_MAX])),
     alpha=st.just(0.25),
 )
 
