@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(highlight=False)
     sizes = QUICK if options.quick else Sizes()
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(sizes).items()}
-    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": commit()}
+    version = commit()
+    if version == "unknown":
+        version = f"(sources {evidence.source_hash()[:12]})"
+    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": version}
     try:
         journal = Journal(options.work, config, resume=options.resume)
     except JournalError as error:
