@@ -187,7 +187,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--damage", choices=task.DAMAGES, default="prune",
         help="90%% of the hidden weights pruned (default), 2-bit weights, or every unit's gain drifted")  # fmt: skip
-    add("--seeds", type=int, default=5, metavar="N", help="repeat with N random seeds (default: 5)")
+    add("--seeds", type=int, default=3, metavar="N", help="repeat with N random seeds (default: 3)")
     add(
         "--device",
         default="auto",
