@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kasmina_ext import _autograd, _native, _validate, reference, reference_lifecycle
+from kasmina_ext import _autograd, _native, _validate, reference, reference_calibration, reference_lifecycle
 from kasmina_ext._schema import SCHEMAS
 
 _kasmina = torch.ops.kasmina
@@ -317,6 +317,18 @@ def _reconstruction_backward_autograd(*args):
     return _without_derivative(_kasmina.reconstruction_loss_backward.default, *args)
 
 
+# ---- pair_moments ----------------------------------------------------------------------------------------------------
+
+
+def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
+    """Join the pairs of each feature into ``moments [H, 6]``. See :func:`kasmina_ext.reference_calibration.pair_moments`."""
+    _kasmina.pair_moments(x, t, moments)
+
+
+def _pair_moments_autograd(x, t, moments):
+    _below_autograd(_kasmina.pair_moments.default, x, t, moments)
+
+
 _register("chunked_forward", reference.forward_op, _forward_fake, _forward_autograd)
 _register("chunked_backward", reference.chunked_backward, _backward_fake, _backward_autograd)
 _register("telemetry_update", reference.update_op, _validate.telemetry_update, _update_autograd)
@@ -339,3 +351,4 @@ _register(
     _reconstruction_backward_fake,
     _reconstruction_backward_autograd,
 )
+_register("pair_moments", reference_calibration.pair_moments, _validate.pair_moments, _pair_moments_autograd)
