@@ -4,6 +4,20 @@
 
 #include "kernels.h"
 #include "seed_math.h"
+#include "telemetry_math.h"
+
+/* What a feature's sums are taken about, so that a large mean costs no digits. */
+typedef struct {
+    double x, t;
+} kasmina_pair_shift;
+
+/* From the feature's first pair, wherever it is asked for; of a pair that is left out nothing may be told. */
+KASMINA_FN kasmina_pair_shift kasmina_pair_origin(double x, double t)
+{
+    const bool counts = (x - x) + (t - t) == 0.0;
+    kasmina_pair_shift s = {counts ? kasmina_origin(x) : 0.0, counts ? kasmina_origin(t) : 0.0};
+    return s;
+}
 
 /* Sums over pairs of deviations dx = x - shift_x and dt = t - shift_t. */
 typedef struct {
@@ -16,18 +30,19 @@ KASMINA_FN kasmina_pair_sums kasmina_pair_union(kasmina_pair_sums a, kasmina_pai
     return s;
 }
 
-/* Not below 0, where rounding would leave it. */
+/* Not below 0, where rounding would leave it; inf - inf is a sum of squares beyond float64. */
 KASMINA_FN double kasmina_pair_square(double squares, double sum, double count)
 {
-    double m2 = squares - sum * (sum / count);
-    return m2 < 0.0 ? 0.0 : m2;
+    const double m2 = squares - sum * sum / count;
+    if (!(m2 >= 0.0)) return m2 < 0.0 ? 0.0 : HUGE_VAL;
+    return m2;
 }
 
-/* Join `s`, taken about the shifts, into one feature's moments [6]; an empty part changes no bit. Chan et al. (1979). */
-KASMINA_FN void kasmina_pair_join(double *m, kasmina_pair_sums s, double shift_x, double shift_t)
+/* Join `s`, taken about `shift`, into one feature's moments [6]; an empty part changes no bit. Chan et al. (1979). */
+KASMINA_FN void kasmina_pair_join(double *m, kasmina_pair_sums s, kasmina_pair_shift shift)
 {
     if (s.count == 0.0) return;
-    const double mean_x = shift_x + s.x / s.count, mean_t = shift_t + s.t / s.count;
+    const double mean_x = shift.x + s.x / s.count, mean_t = shift.t + s.t / s.count;
     const double old = m[KASMINA_PAIR_COUNT], count = old + s.count, share = s.count / count;
     const double dx = old == 0.0 ? 0.0 : mean_x - m[KASMINA_PAIR_MEAN_X];
     const double dt = old == 0.0 ? 0.0 : mean_t - m[KASMINA_PAIR_MEAN_T];
@@ -37,7 +52,7 @@ KASMINA_FN void kasmina_pair_join(double *m, kasmina_pair_sums s, double shift_x
     m[KASMINA_PAIR_MEAN_T] = old == 0.0 ? mean_t : m[KASMINA_PAIR_MEAN_T] + dt * share;
     m[KASMINA_PAIR_M2_X] += kasmina_pair_square(s.xx, s.x, s.count) + dx * dx * between;
     m[KASMINA_PAIR_M2_T] += kasmina_pair_square(s.tt, s.t, s.count) + dt * dt * between;
-    m[KASMINA_PAIR_C_XT] += s.xt - s.x * (s.t / s.count) + dx * dt * between;
+    m[KASMINA_PAIR_C_XT] += s.xt - s.x * s.t / s.count + dx * dt * between;
 }
 
 #endif

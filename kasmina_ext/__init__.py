@@ -1,9 +1,12 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
 from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext.activations import record_activations
+from kasmina_ext.calibrate import CalibrationReport, calibrate_
 from kasmina_ext.chunking import ChunkManager
 from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
+from kasmina_ext.fold import FoldError, absorb, fold_, fold_report, unfold_
 from kasmina_ext.grafting import (
     GRAFTING_STRATEGIES,
     AlphaSchedule,
@@ -31,9 +34,11 @@ from kasmina_ext.telemetry import potential
 __all__ = [
     "GRAFTING_STRATEGIES",
     "AlphaSchedule",
+    "CalibrationReport",
     "ChunkManager",
     "ExtendedLifecycle",
     "ExtendedStateTensor",
+    "FoldError",
     "GraftingConfig",
     "GraftingContext",
     "GraftingStrategy",
@@ -48,18 +53,24 @@ __all__ = [
     "TransitionRules",
     "TritonChunkedKasminaLayer",
     "Verdict",
+    "absorb",
+    "calibrate_",
     "compat",
     "create_grafting_strategy",
     "credit",
     "default_policy",
     "explain_verdicts",
     "flags",
+    "fold_",
+    "fold_report",
     "ops",
     "param_groups",
     "potential",
+    "record_activations",
     "reference",
     "removal_cost",
     "reset_optimizer_state",
     "telemetry",
+    "unfold_",
 ]
 __version__ = "0.1.0"

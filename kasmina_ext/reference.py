@@ -117,6 +117,18 @@ def _intercept(f: Features) -> Tensor:
     return torch.where(f.strategy == AFFINE, f.alpha * f.v, b)
 
 
+def coefficients(
+    seed_offsets: Tensor, state: Tensor, alpha: Tensor, blueprint_weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``a [H]`` and ``b [H]`` of ``y = a x + b``, with the bits that the forward uses for an ``x`` of ``dtype``.
+
+    Of the accumulation type. a = 1 and b = -0.0 where no seed is grafted; a zero b is always -0.0.
+    """
+    f = _features(seed_offsets, state, alpha, blueprint_weights, accumulation_dtype(dtype))
+    b = torch.where(f.grafted, _intercept(f), -0.0)
+    return torch.where(f.grafted, _slope(f), 1.0), torch.where(b == 0, -0.0, b)
+
+
 def _like(values: Tensor, x: Tensor) -> Tensor:
     """``values`` with the strides of ``torch.empty_like(x)``."""
     result = torch.empty_like(x)

@@ -19,11 +19,14 @@ from torch import Tensor
 from kasmina_ext import _validate
 from kasmina_ext.reference import _merging
 
+_LARGEST_ORIGIN = 1e300  # as in telemetry_math.h
+
 
 def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
     """Join the pairs (x, t) of each feature into ``moments``; pairs that are not finite are left out.
 
     Chan, Golub and LeVeque (1979), for covariances as well. ``moments`` of zeros are those of no pair.
+    Sums are float64; of float64 numbers beyond 1e150 the squares are infinite, and so is M2.
     """
     _validate.pair_moments(x, t, moments)
     if x.numel() == 0:
@@ -35,9 +38,11 @@ def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
     each = count.clamp(min=1)
 
     def centred(values: Tensor) -> tuple[Tensor, Tensor]:
-        values = torch.where(finite, values, 0.0)
-        mean = values.sum(0) / each
-        return mean, torch.where(finite, values - mean, 0.0)
+        # About the feature's first number, so that equal ones do not vary at all.
+        first = torch.where(finite[0] & (values[0].abs() < _LARGEST_ORIGIN), values[0], 0.0)
+        away = torch.where(finite, values - first, 0.0)
+        move = away.sum(0) / each
+        return first + move, torch.where(finite, away - move, 0.0)
 
     mean_x, dx = centred(wide_x)
     mean_t, dt = centred(wide_t)
@@ -47,12 +52,18 @@ def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
         count,
         mean_x + rest_x,
         mean_t + rest_t,
-        (dx * dx).sum(0) - count * rest_x * rest_x,
-        (dt * dt).sum(0) - count * rest_t * rest_t,
-        (dx * dt).sum(0) - count * rest_x * rest_t,
+        _square((dx * dx).sum(0), rest_x * rest_x * count),
+        _square((dt * dt).sum(0), rest_t * rest_t * count),
+        (dx * dt).sum(0) - rest_x * rest_t * count,
     )
     with _merging:
         moments.copy_(_joined(moments, batch))
+
+
+def _square(squares: Tensor, correction: Tensor) -> Tensor:
+    """Not below 0, where rounding would leave it; inf - inf is a sum of squares beyond float64."""
+    m2 = squares - correction
+    return torch.where(m2.isnan(), torch.inf, m2.clamp(min=0))
 
 
 def _joined(moments: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
@@ -65,8 +76,8 @@ def _joined(moments: Tensor, batch: tuple[Tensor, ...]) -> Tensor:
         total,
         torch.where(old > 0, mean_x + dx * share, batch_x),
         torch.where(old > 0, mean_t + dt * share, batch_t),
-        m2_x + batch_m2_x.clamp(min=0) + dx * dx * old * share,
-        m2_t + batch_m2_t.clamp(min=0) + dt * dt * old * share,
+        m2_x + batch_m2_x + dx * dx * old * share,
+        m2_t + batch_m2_t + dt * dt * old * share,
         c_xt + batch_c + dx * dt * old * share,
     )
     # A batch without pairs leaves a feature's bits alone.

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import evidence  # noqa: E402
 
 HAS_CUDA = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # convolutions with all of float32's digits
 
 
 def pytest_configure(config: pytest.Config) -> None:

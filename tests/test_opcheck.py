@@ -94,6 +94,22 @@ def test_reconstruction_loss_backward(device, case):
     torch.library.opcheck(kasmina.reconstruction_loss_backward, args)
 
 
+PAIRED = [
+    *[Case((3, 4, 20), 3, dtype=d, layout="swapped_rows") for d in cases.DTYPES],
+    Case((2, 3, 4, 5), 3, layout="nchw", grad_layout="channels_last"),
+    Case((0, 8), 3),
+    Case((4, 0), 3),
+]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_pair_moments(device, case):
+    inputs = build(case, device)
+    moments = torch.zeros(case.shape[-1], 6, dtype=torch.float64, device=device)
+    moments[::2] = torch.tensor([4.0, 1.0, -1.0, 2.0, 3.0, 0.5], dtype=torch.float64, device=device)
+    torch.library.opcheck(kasmina.pair_moments, (inputs.x, inputs.grad_y, moments))
+
+
 @pytest.mark.parametrize("case", [Case((0, 8), 3), Case((4, 8), 0), Case((4, 8), 3, telemetry="off")], ids=str)
 def test_empty(device, case):
     leaves = build(case, device).requiring_grad()

@@ -5,7 +5,6 @@
 #include "cpu/lock.h"
 #include "cpu/tiles.h"
 #include "parallel.h"
-#include "telemetry_math.h"
 
 typedef struct {
     const kasmina_pair_moments_args *args;
@@ -27,10 +26,11 @@ size_t kasmina_pair_moments_workspace_cpu(const kasmina_pair_moments_args *args)
     return (size_t)(p.tiling.blocks * p.slots) * sizeof(kasmina_pair_sums);
 }
 
-/* What the sums of a feature are taken about: its first number, so that a large mean costs no digits. */
-static double shift_of(const kasmina_pair_moments_args *args, const void *array, int64_t feature)
+static kasmina_pair_shift shift_of(const kasmina_pair_moments_args *args, int64_t feature)
 {
-    return kasmina_origin(kasmina_load_scalar(args->dtype, array, feature * args->layout.inner));
+    const int64_t first = feature * args->layout.inner;
+    return kasmina_pair_origin(kasmina_load_scalar(args->dtype, args->x, first),
+                               kasmina_load_scalar(args->dtype, args->target, first));
 }
 
 /* ---- First pass: sums of each column of a patch, then of each feature. */
@@ -41,42 +41,53 @@ typedef struct {
     double xx[KASMINA_TILE_COLUMNS], tt[KASMINA_TILE_COLUMNS], xt[KASMINA_TILE_COLUMNS];
 } columns;
 
-/* Pairs that are not finite are left out. */
-#define DEFINE_ADD_ROW(NAME, REAL)                                                                                  \
-    KASMINA_CLONES static void NAME(columns *restrict c, const REAL *restrict x, const REAL *restrict t, int64_t n) \
-    {                                                                                                               \
-        for (int64_t i = 0; i < n; ++i) {                                                                           \
-            double dx = (double)x[i] - c->shift_x[i], dt = (double)t[i] - c->shift_t[i];                            \
-            const bool finite = (dx - dx) + (dt - dt) == 0.0;                                                       \
-            dx = finite ? dx : 0.0, dt = finite ? dt : 0.0;                                                         \
-            c->count[i] += finite ? 1.0 : 0.0;                                                                      \
-            c->x[i] += dx, c->t[i] += dt;                                                                           \
-            c->xx[i] += dx * dx, c->tt[i] += dt * dt, c->xt[i] += dx * dt;                                          \
-        }                                                                                                           \
+/* ROWS rows of n columns, so many at once that sums stay in registers meanwhile. Pairs that are not finite are left out. */
+#define DEFINE_ADD_ROWS(NAME, REAL, ROWS)                                                                       \
+    KASMINA_CLONES static void NAME(columns *restrict c, const void *const *x, const void *const *t, int64_t n) \
+    {                                                                                                           \
+        for (int64_t i = 0; i < n; ++i) {                                                                       \
+            kasmina_pair_sums s = {c->count[i], c->x[i], c->t[i], c->xx[i], c->tt[i], c->xt[i]};                \
+            for (int r = 0; r < ROWS; ++r) {                                                                    \
+                const double vx = ((const REAL *)x[r])[i], vt = ((const REAL *)t[r])[i];                        \
+                const bool counts = (vx - vx) + (vt - vt) == 0.0;                                               \
+                const double dx = counts ? vx - c->shift_x[i] : 0.0, dt = counts ? vt - c->shift_t[i] : 0.0;    \
+                s.count += counts ? 1.0 : 0.0;                                                                  \
+                s.x += dx, s.t += dt;                                                                           \
+                s.xx += dx * dx, s.tt += dt * dt, s.xt += dx * dt;                                              \
+            }                                                                                                   \
+            c->count[i] = s.count, c->x[i] = s.x, c->t[i] = s.t;                                                \
+            c->xx[i] = s.xx, c->tt[i] = s.tt, c->xt[i] = s.xt;                                                  \
+        }                                                                                                       \
     }
 
-DEFINE_ADD_ROW(add_row_f32, float)
-DEFINE_ADD_ROW(add_row_f64, double)
+DEFINE_ADD_ROWS(add_rows_f32, float, KASMINA_ROWS_AT_ONCE)
+DEFINE_ADD_ROWS(add_row_f32, float, 1)
+DEFINE_ADD_ROWS(add_rows_f64, double, KASMINA_ROWS_AT_ONCE)
+DEFINE_ADD_ROWS(add_row_f64, double, 1)
 
 static void process_patch(const plan *p, const kasmina_patch *patch)
 {
     const kasmina_tiling *tiling = &p->tiling;
-    double wide_x[KASMINA_TILE_COLUMNS], wide_t[KASMINA_TILE_COLUMNS]; /* storage for reals */
+    enum { SCRATCH = KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS };
+    float wide_x[SCRATCH], wide_t[SCRATCH]; /* of two-byte numbers */
     columns c = {.count = {0.0}};
     int64_t feature = patch->first_column / tiling->inner;
     for (int64_t i = 0, f = feature; i < patch->columns; ++f) {
-        const double shift_x = shift_of(p->args, p->args->x, f), shift_t = shift_of(p->args, p->args->target, f);
+        const kasmina_pair_shift shift = shift_of(p->args, f);
         for (; i < patch->columns && patch->first_column + i < (f + 1) * tiling->inner; ++i)
-            c.shift_x[i] = shift_x, c.shift_t[i] = shift_t;
+            c.shift_x[i] = shift.x, c.shift_t[i] = shift.t;
     }
-    for (int64_t row = patch->first_row; row < patch->first_row + patch->rows; ++row) {
-        const void *x, *t;
-        kasmina_load_rows(tiling, p->args->x, patch, row, 1, wide_x, &x);
-        kasmina_load_rows(tiling, p->args->target, patch, row, 1, wide_t, &t);
-        if (tiling->ops->size == sizeof(double))
-            add_row_f64(&c, x, t, patch->columns);
+    const int64_t end = patch->first_row + patch->rows;
+    const bool wide = tiling->dtype == KASMINA_FLOAT64;
+    for (int64_t row = patch->first_row; row < end; row += KASMINA_ROWS_AT_ONCE) {
+        const int count = end - row < KASMINA_ROWS_AT_ONCE ? (int)(end - row) : KASMINA_ROWS_AT_ONCE;
+        const void *x[KASMINA_ROWS_AT_ONCE], *t[KASMINA_ROWS_AT_ONCE];
+        kasmina_load_rows(tiling, p->args->x, patch, row, count, wide_x, x);
+        kasmina_load_rows(tiling, p->args->target, patch, row, count, wide_t, t);
+        if (count == KASMINA_ROWS_AT_ONCE)
+            (wide ? add_rows_f64 : add_rows_f32)(&c, x, t, patch->columns);
         else
-            add_row_f32(&c, x, t, patch->columns);
+            for (int r = 0; r < count; ++r) (wide ? add_row_f64 : add_row_f32)(&c, x + r, t + r, patch->columns);
     }
     kasmina_pair_sums *slots = p->partials + patch->block * p->slots + patch->tile;
     for (int64_t i = 0; i < patch->columns; ++feature) {
@@ -111,8 +122,7 @@ static void join_features(int64_t begin, int64_t end, void *context)
         for (int64_t block = 0; block < p->tiling.blocks; ++block)
             for (int64_t tile = first; tile <= last; ++tile)
                 total = kasmina_pair_union(total, p->partials[block * p->slots + tile + feature]);
-        kasmina_pair_join(p->args->moments + feature * KASMINA_PAIR_COLUMNS, total,
-                          shift_of(p->args, p->args->x, feature), shift_of(p->args, p->args->target, feature));
+        kasmina_pair_join(p->args->moments + feature * KASMINA_PAIR_COLUMNS, total, shift_of(p->args, feature));
     }
 }
 

@@ -7,7 +7,6 @@
  */
 #include "pair_math.h"
 
-#include "telemetry_math.h"
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 
@@ -63,21 +62,17 @@ plan make_plan(kasmina_layout layout, int multiprocessors)
     return p;
 }
 
-struct shifts {
-    double x, t;
-};
-
-__device__ __forceinline__ shifts shifts_of(const pair_params &p, int64_t feature)
+__device__ __forceinline__ kasmina_pair_shift shift_of(const pair_params &p, int64_t feature)
 {
     const int64_t first = feature * p.cut.layout.inner;
-    return {kasmina_origin(load_number<double>(p.dtype, p.x, first)),
-            kasmina_origin(load_number<double>(p.dtype, p.t, first))};
+    return kasmina_pair_origin(load_number<double>(p.dtype, p.x, first), load_number<double>(p.dtype, p.t, first));
 }
 
 /* Pairs that are not finite are left out. */
-__device__ __forceinline__ void add_pair(kasmina_pair_sums &s, double dx, double dt)
+template <typename T> __device__ __forceinline__ void add_pair(kasmina_pair_sums &s, kasmina_pair_shift about, T x, T t)
 {
-    if (!is_finite(dx) || !is_finite(dt)) return;
+    if (!is_finite(x) || !is_finite(t)) return;
+    const double dx = (double)x - about.x, dt = (double)t - about.t;
     s.count += 1.0;
     s.x += dx;
     s.t += dt;
@@ -88,8 +83,8 @@ __device__ __forceinline__ void add_pair(kasmina_pair_sums &s, double dx, double
 
 /* The sums of every `step`-th of the pairs [begin, end); address(i) is where pair i lies. */
 template <kasmina_dtype D, typename Address>
-__device__ __forceinline__ kasmina_pair_sums sum_pairs(const pair_params &p, shifts about, int64_t begin, int64_t end,
-                                                       int step, const Address &address)
+__device__ __forceinline__ kasmina_pair_sums sum_pairs(const pair_params &p, kasmina_pair_shift about, int64_t begin,
+                                                       int64_t end, int step, const Address &address)
 {
     using bits = typename element<D>::bits;
     kasmina_pair_sums sums = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
@@ -105,7 +100,7 @@ __device__ __forceinline__ kasmina_pair_sums sum_pairs(const pair_params &p, shi
 #pragma unroll
         for (int k = 0; k < IN_FLIGHT; ++k) {
             if (i + (int64_t)k * step >= end) continue;
-            add_pair(sums, (double)element<D>::value(x[k]) - about.x, (double)element<D>::value(t[k]) - about.t);
+            add_pair(sums, about, element<D>::value(x[k]), element<D>::value(t[k]));
         }
     }
     return sums;
@@ -135,7 +130,7 @@ template <kasmina_dtype D> __global__ void __launch_bounds__(BLOCK) column_kerne
     kasmina_pair_sums sums = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
     if (column < columns) {
         const int64_t begin = split * p.cut.per_split, end = min(begin + p.cut.per_split, p.cut.length);
-        sums = sum_pairs<D>(p, shifts_of(p, column / p.cut.layout.inner), begin + warp, end, WARPS,
+        sums = sum_pairs<D>(p, shift_of(p, column / p.cut.layout.inner), begin + warp, end, WARPS,
                             [&](int64_t row) { return row * columns + column; });
     }
     rows[warp][lane] = sums;
@@ -153,7 +148,7 @@ template <kasmina_dtype D> __global__ void __launch_bounds__(BLOCK) plane_kernel
     const int64_t inner = p.cut.layout.inner, features = p.cut.parts;
     allow_dependents();
     const int64_t begin = split * p.cut.per_split, end = min(begin + p.cut.per_split, p.cut.length);
-    kasmina_pair_sums sums = sum_pairs<D>(p, shifts_of(p, feature), begin + threadIdx.x, end, BLOCK, [&](int64_t i) {
+    kasmina_pair_sums sums = sum_pairs<D>(p, shift_of(p, feature), begin + threadIdx.x, end, BLOCK, [&](int64_t i) {
         const int64_t outer = i / inner;
         return (outer * features + feature) * inner + (i - outer * inner);
     });
@@ -171,14 +166,14 @@ __global__ void __launch_bounds__(BLOCK) join_kernel(const __grid_constant__ pai
     const int lane = (int)threadIdx.x % WARP;
     const int64_t feature = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (feature >= p.cut.layout.features) return;
-    const shifts about = shifts_of(p, feature);
+    const kasmina_pair_shift about = shift_of(p, feature);
     const int64_t wide = p.cut.planes ? 1 : p.cut.layout.inner, parts = wide * p.cut.splits;
     wait_for_primary();
     kasmina_pair_sums sums = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
     for (int64_t i = lane; i < parts; i += WARP)
         sums = kasmina_pair_union(sums, p.partials[i / wide * p.cut.parts + feature * wide + i % wide]);
     sums = across(sums);
-    if (lane == 0) kasmina_pair_join(p.moments + feature * KASMINA_PAIR_COLUMNS, sums, about.x, about.t);
+    if (lane == 0) kasmina_pair_join(p.moments + feature * KASMINA_PAIR_COLUMNS, sums, about);
 }
 
 template <kasmina_dtype D> cudaError_t launch_sums(const pair_params &params, void *stream)
