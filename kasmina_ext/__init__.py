@@ -1,9 +1,10 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
-from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext import compat, distributed, flags, ops, reference, telemetry
 from kasmina_ext.chunking import ChunkManager
 from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
+from kasmina_ext.distributed import prepare_ddp
 from kasmina_ext.grafting import (
     GRAFTING_STRATEGIES,
     AlphaSchedule,
@@ -52,11 +53,13 @@ __all__ = [
     "create_grafting_strategy",
     "credit",
     "default_policy",
+    "distributed",
     "explain_verdicts",
     "flags",
     "ops",
     "param_groups",
     "potential",
+    "prepare_ddp",
     "reference",
     "removal_cost",
     "reset_optimizer_state",

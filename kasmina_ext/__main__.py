@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +17,19 @@ import torch
 import kasmina_ext
 from kasmina_ext import _native, flags
 
+PACKAGES = ("numpy", "triton", "safetensors", "transformers", "accelerate", "peft", "lightning")
+SETTINGS = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_LOGS",
+    "TORCH_COMPILE_DISABLE",
+    "OMP_NUM_THREADS",
+)
+"""Environment variables that change what is run, or how."""
+
 
 def collect() -> dict[str, Any]:
     """All facts as text, numbers and lists; what cannot be found out is said, never raised."""
@@ -28,6 +42,8 @@ def collect() -> dict[str, Any]:
             "driver_cuda": _attempt(_driver_version),
             "platform": platform.platform(),
         },
+        "packages": {name: _attempt(lambda name=name: _package_version(name)) for name in PACKAGES},
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "module": {
             "loaded": _native.available,
             "reason": _native.reason,
@@ -54,6 +70,13 @@ def _driver_version() -> str:
         return "none (this torch has no CUDA)"
     version = torch._C._cuda_getDriverVersion()
     return f"{version // 1000}.{version % 1000 // 10}" if version else "none (no driver)"
+
+
+def _package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -108,6 +131,8 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     [(variable, value)] = flag["environment"].items()
     return [
         ("versions", list(facts["versions"].items())),
+        ("packages", list(facts["packages"].items())),
+        *([("environment", list(facts["settings"].items()))] if facts["settings"] else []),
         (
             "compiled module",
             [

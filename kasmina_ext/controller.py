@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.blueprints import Blueprints
 from kasmina_ext.credit import Credit, grafted, measured_credit
 from kasmina_ext.culling import Expendable, find_expendable
+from kasmina_ext.distributed import merged_telemetry
 from kasmina_ext.events import EventLog, Sink
 from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict
 from kasmina_ext.measure import Layers, Layout, LossFunction, Measurement, roots_of, seed_layers
@@ -31,8 +33,12 @@ from kasmina_ext.policy import (
     decided_by,
     default_policy,
 )
+from kasmina_ext.ranks import Ranks
 from kasmina_ext.state_layout import NO_ID, StateVar
 from kasmina_ext.telemetry import potential
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _S = ExtendedLifecycle
 _FORMAT = 1
@@ -92,12 +98,20 @@ class GrowthController:
         policy: a function to decide instead of the default policy: see
             :data:`~kasmina_ext.policy.Policy`. It sees all seeds, in every tick and evaluation.
         log: a file for the event log (JSON lines are appended), or a function of each event's dict.
+        process_group: the processes that train the same network: by default, where torch.distributed is
+            initialized, all of the job. False: this one alone.
 
     The decisions of a tick are one batch of requests for each layer, judged on the device by the
     rules. The controller ticks in the place of ``layer.step_lifecycle()``: do not call both; alpha
     ramps where a layer has an ``alpha_schedule``. Two runs with the same seeds, data and settings
-    decide alike. Telemetry must be on: without it nothing germinates. Ranks of a distributed job
-    see different gradients: give them the same telemetry, or let one decide.
+    decide alike. Telemetry must be on: without it nothing germinates.
+
+    In a job of several processes every rank has a controller, and all decide alike: ticks go by the
+    telemetry, losses and reconstruction losses of all ranks, evaluations by the held-out batches of
+    all, of which each brings equally many of its own; the first rank's decision counts, and only it
+    writes the log. So all ranks must call :meth:`step` and :meth:`evaluate` equally often. A sharded
+    bank (FSDP2) is gathered in each tick. For one rank to decide alone, give it
+    ``process_group=False`` and tell the others by :func:`kasmina_ext.distributed.sync_lifecycle`.
     """
 
     def __init__(
@@ -108,6 +122,7 @@ class GrowthController:
         *,
         policy: Policy | None = None,
         log: Sink = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
         self._roots = roots_of(layers)
@@ -126,6 +141,8 @@ class GrowthController:
         """Calls of :meth:`step`."""
         self.ticks = 0
         self._layout = Layout(self.layers)
+        self._process_group = process_group
+        self._known_alike = False
         self._log = EventLog(log, {name: layer.num_seeds for name, layer in named.items()}, decided_by(self.policy))
         self._blueprints = [Blueprints(layer) for layer in self.layers]
         self._ramp = self.rules.least_epochs(_S.GRAFTING, _S.STABILIZATION) or 0
@@ -166,7 +183,7 @@ class GrowthController:
         mean and variance of what the seeds saw, which is exact for neutral blueprints.
 
         Never waits for a CUDA device as long as losses and layers lie on it. (A policy of your own
-        may; so may a log file's disk, at ticks only.)
+        may; so may a log file's disk, at ticks only; so does, of several processes, the first tick.)
         """
         with torch.no_grad():
             self.steps += 1
@@ -203,7 +220,8 @@ class GrowthController:
             for blueprints in self._blueprints:
                 blueprints.take_snapshot()
         until = self.config.until
-        self._decide(self._seeds(germinates=watched and (until is None or self.ticks <= until)))
+        with self._together() as ranks:
+            self._decide(self._seeds(ranks, germinates=watched and (until is None or self.ticks <= until)), ranks)
         if watched:
             # From here on, what the gradient says to the network as it has become.
             self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
@@ -222,9 +240,9 @@ class GrowthController:
         for each proposal. Nothing but the seeds' states is touched, and the moments of blueprints
         that end: see :func:`kasmina_ext.credit`.
         """
-        with torch.no_grad():
-            seeds = self._seeds(germinates=False)
-            with Measurement(self._roots, batches, loss_fn) as measurement:
+        with torch.no_grad(), self._together() as ranks:
+            seeds = self._seeds(ranks, germinates=False)
+            with Measurement(self._roots, batches, loss_fn, ranks) as measurement:
                 if measurement.num_batches < 2:
                     raise ValueError("evaluate needs at least 2 batches to tell what is chance; split the one given")
                 alpha = measurement.alpha
@@ -244,7 +262,7 @@ class GrowthController:
                 error_rate=found.nonfinite / measurement.num_batches,
                 improvement=1 - loss / loss_without if loss_without else 0.0,
             )
-            entered = self._decide(dataclasses.replace(seeds, measured=measured))
+            entered = self._decide(dataclasses.replace(seeds, measured=measured), ranks)
             counts = torch.stack([(entered == state).sum() for state in range(len(_S))]).tolist()
             alive = int(alive_in(self._lifecycles()).sum())
         self._log.flush()
@@ -335,18 +353,31 @@ class GrowthController:
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
-    def _seeds(self, *, germinates: bool) -> Seeds:
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[Ranks]:
+        """Who decides. Inside, the layers' telemetry is that of all of them."""
+        ranks = Ranks(self._process_group)
+        if not self._known_alike:  # once: it waits for the device
+            sizes = ", ".join(f"{name}: {layer.num_seeds}" for name, layer in zip(self.names, self.layers, strict=True))
+            ranks.agree("layers and steps", f"{sizes} seeds at step {self.steps}")
+            self._known_alike = True
+        with merged_telemetry(self.layers, self._process_group):
+            yield ranks
+
+    def _seeds(self, ranks: Ranks, *, germinates: bool) -> Seeds:
         """What the policy is to see."""
         layout = self._layout
         state = layout.buffer("state").clone()
         self._follow_layers()
+        watched = layout.split(ranks.total(layout.join(self._watched)))
+        losses = ranks.total(self._losses)
         traits = [blueprints.traits() for blueprints in self._blueprints]
         parameters, reconstruction, stability, nonfinite = (
             layout.join([getattr(trait, name) for trait in traits])
             for name in ("parameters", "reconstruction", "stability", "nonfinite")
         )
         if self._reconstruction is not None:
-            reconstruction = layout.join(self._reconstruction)
+            reconstruction = ranks.total(layout.join(self._reconstruction)) / ranks.size
         return Seeds(
             layer=self._layer_numbers(),
             lifecycle=state[StateVar.LIFECYCLE_STATE],
@@ -355,9 +386,7 @@ class GrowthController:
             lives=self._lives.clone(),
             alpha=layout.buffer("alpha").clone(),
             parameters=parameters,
-            potential=layout.join(
-                [potential(layer, since) for layer, since in zip(self.layers, self._watched, strict=True)]
-            ),
+            potential=layout.join([potential(layer, since) for layer, since in zip(self.layers, watched, strict=True)]),
             activations=layout.buffer("telemetry").clone(),
             reconstruction=reconstruction,
             stability=stability,
@@ -367,7 +396,7 @@ class GrowthController:
             budget=self.budget,
             tick=self.ticks,
             step=self.steps,
-            loss=self._losses[0] / self._losses[1],
+            loss=losses[0] / losses[1],
             germinates=germinates,
             config=self.config,
             _random=self._random,
@@ -390,12 +419,12 @@ class GrowthController:
         device = self._layout.device
         return torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self._layout.sizes)])
 
-    def _decide(self, seeds: Seeds) -> Tensor:
+    def _decide(self, seeds: Seeds, ranks: Ranks) -> Tensor:
         """Ask the policy, request what it wants, log what came of it: int32 ``[T]``, the states entered, else -1."""
         wanted = self.policy(seeds)
         if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or wanted.is_floating_point():
             raise TypeError(f"a policy must return integers [{self._layout.total}], one for each seed")
-        wanted = self._within_budget(seeds, wanted.to(seeds.lifecycle.dtype))
+        wanted = ranks.broadcast(self._within_budget(seeds, wanted.to(seeds.lifecycle.dtype)))
         verdicts = []
         for layer, targets in zip(self.layers, self._layout.split(wanted), strict=True):
             every = torch.arange(layer.num_seeds, dtype=torch.int32, device=layer.device)
@@ -405,7 +434,8 @@ class GrowthController:
         entered = torch.where(applied, wanted, STAY)
         self._lives += entered == _S.GERMINATED
         self._follow_up(seeds, entered)
-        self._record(seeds, entered, applied)
+        if ranks.rank == 0:
+            self._record(seeds, entered, applied)
         return entered
 
     def _within_budget(self, seeds: Seeds, wanted: Tensor) -> Tensor:

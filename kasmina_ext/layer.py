@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kasmina_ext import flags
+from kasmina_ext import flags, nested
 from kasmina_ext._dispatch import blend_ops
+from kasmina_ext.across_ranks import AcrossRanks
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.bank import BlueprintBank
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
@@ -25,7 +27,7 @@ from kasmina_ext.transitions import SeedTransitions
 from kasmina_ext.wrapper import TransparentWrapper
 
 
-class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
+class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapper):
     """``kasmina(base_layer(x))``: the output of ``base_layer``, with every grafted seed blended into its chunk.
 
     ======================  =======  ==============================================================
@@ -50,7 +52,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
 
     Arguments:
         base_layer: any module that returns a tensor, or a tuple whose first element is one; that
-            one is transformed.
+            one is transformed. (Not the ``out_proj`` of nn.MultiheadAttention, which is never called.)
         chunk_size: features per seed, about: there are ``H / chunk_size`` seeds, rounded.
         num_seeds: how many instead.
         num_blueprints: rows of the bank.
@@ -109,6 +111,11 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
         super().__init__()
         if not isinstance(base_layer, nn.Module):
             raise TypeError(f"base_layer must be a torch.nn.Module, got {type(base_layer).__name__}")
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                "the out_proj of nn.MultiheadAttention is never called, only its weights are used, so a layer around it "
+                "would do nothing: wrap the MultiheadAttention itself, whose output is the out_proj's"
+            )
         chunk_size = positive("chunk_size", chunk_size)
         num_seeds = None if num_seeds is None else positive("num_seeds", num_seeds)
         num_blueprints = positive("num_blueprints", num_blueprints)
@@ -162,6 +169,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
 
     def reset_parameters(self) -> None:
         """A new layer's seeds, telemetry and bank, in place (after ``to_empty``, say); the base layer is left alone."""
+        self.check_own_bank()
         buffers = self._buffers
         with torch.no_grad():
             offsets = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
@@ -181,13 +189,20 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
             return self._blend(out)
         if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
             blended = (self._blend(out[0]), *out[1:])
-            return type(out)(*blended) if hasattr(out, "_fields") else blended
+            if type(out) is tuple:
+                return blended
+            # Of other tuples, only named ones take their elements one by one (torch.return_types do not).
+            return type(out)(*blended) if hasattr(out, "_fields") else type(out)(blended)
         raise TypeError(
             f"{type(self._modules['base_layer']).__name__} returned {type(out).__name__}; "
             "expected a tensor or a tuple whose first element is one"
         )
 
     def _blend(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            if self.feature_dim != -1:
+                raise TypeError(f"of a nested tensor the features must be last, feature_dim is {self.feature_dim}")
+            return nested.over_rows(self._blend, x)
         # Every forward comes here: dictionaries, since nn.Module's attribute lookup is slow.
         buffers = self._buffers
         bank = self._parameters.get("blueprint_weights")
@@ -374,7 +389,8 @@ class TritonChunkedKasminaLayer(KasminaLayer):
         self.enable_kernels = bool(enable)
 
     def _reset_bank(self) -> None:
-        nn.init.normal_(self.blueprint_weights)
+        bank = self.blueprint_weights
+        self._write_bank(None, nn.init.normal_(torch.empty(bank.shape, dtype=bank.dtype, device=bank.device)))
 
 
 def _home_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.ranks import Ranks
 
 Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
 """A KasminaLayer, a model that contains some, or several of either, with names of your own in a dict."""
@@ -132,14 +133,20 @@ class Measurement:
     they were: alphas are swapped, not written, and gradients are taken with respect to them alone.
 
     ``batches`` are walked through once and kept; ``loss_fn(batch)`` gives the loss, a scalar or one
-    value for each sample, which are then averaged over all batches alike.
+    value for each sample, which are then averaged over all batches alike. Where there are several
+    ``ranks``, each brings as many batches of its own, all make the same passes, and all get what all
+    have measured, in rank order.
     """
 
     alpha: Tensor
     """float32 ``[T]``: as it was on entering."""
     num_batches: int
+    """Of all ranks."""
 
-    def __init__(self, layers: Layers, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+    def __init__(
+        self, layers: Layers, batches: Iterable[Any], loss_fn: LossFunction, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = Ranks(False) if ranks is None else ranks
         self._roots = roots_of(layers)
         named = seed_layers(self._roots)
         self.names, self.layout = list(named), Layout(list(named.values()))
@@ -156,9 +163,7 @@ class Measurement:
             self._cuda = sorted({layer.device.index or 0 for layer in layers if layer.device.type == "cuda"})
             stack.enter_context(torch.random.fork_rng(self._cuda))
             self._batches = list(self._given)  # shuffling takes random numbers, too
-            self.num_batches = len(self._batches)
-            if not self._batches:
-                raise ValueError("there are no batches to measure on")
+            self.num_batches = self._count_batches()
             self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(index) for index in self._cuda]
             self.alpha = self.layout.buffer("alpha").clone()
             for layer in layers:
@@ -174,6 +179,14 @@ class Measurement:
             stack.callback(hook.remove)
             self._stack = stack.pop_all()
         return self
+
+    def _count_batches(self) -> int:
+        counts = self._ranks.gather(torch.tensor(len(self._batches))).tolist()
+        if not all(counts):
+            raise ValueError("there are no batches to measure on")
+        if len(set(counts)) > 1:
+            raise ValueError(f"the ranks must have equally many batches, they have {counts}")
+        return sum(counts)
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
@@ -209,10 +222,11 @@ class Measurement:
         """
         with torch.no_grad():
             self._set_alphas(self._pieces(alpha))
-            return torch.cat([self._loss(batch)[1] for batch in self._batches])
+            losses = torch.cat([self._loss(batch)[1] for batch in self._batches])
+            return torch.cat(self._ranks.gather_lengths(losses))
 
     def slopes(self, alphas: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """For each batch: its losses at the last of ``alphas``, and ``dL/dalpha`` of their mean at each of them.
+        """For each batch (of each rank): its losses at the last of ``alphas``, and ``dL/dalpha`` of their mean at each of them.
 
         float64 ``[n]``, and as many float64 ``[T]``. ValueError in the end where no batch's loss
         depends on any of the layers.
@@ -230,7 +244,9 @@ class Measurement:
                 slopes.append(
                     self.layout.join([zeros_if_none(slope, leaf) for slope, leaf in zip(found, at, strict=True)])
                 )
-            yield losses, [slope.double() for slope in slopes]
+            of_each_rank = self._ranks.gather(torch.stack(slopes).double())
+            for rank_losses, rank_slopes in zip(self._ranks.gather_lengths(losses), of_each_rank, strict=True):
+                yield rank_losses, list(rank_slopes)
         if not reached:
             raise ValueError("loss_fn's loss depends on none of the layers: it must run them, and not under no_grad")
 

@@ -37,7 +37,7 @@ def param_groups(
     yourself.)
     """
     layers = _layers_in(model)
-    banks = [layer.blueprint_weights for layer in layers]
+    banks = [layer.lasting_bank for layer in layers]
     _look_after(layers)
     taken = {id(bank) for bank in banks}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
@@ -60,6 +60,11 @@ def reset_optimizer_state(optimizer: Optimizer, seed_ids: SeedIds, layer: Kasmin
             raise ValueError(f"say which layer: the optimizer is known to train the banks of {len(trained)} layers")
         layer = trained[0]
     layer.reset_optimizer_state(optimizer, seed_ids)
+
+
+def settle(optimizer: Optimizer) -> None:
+    """Do now what the next step of ``optimizer`` would do first: see :func:`param_groups`."""
+    _before_step(optimizer, (), {})
 
 
 def _layers_in(model: nn.Module) -> list[KasminaLayer]:
@@ -114,7 +119,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
-    bank = layer.blueprint_weights
+    bank = layer.lasting_bank
     return any(parameter is bank for group in optimizer.param_groups for parameter in group["params"])
 
 

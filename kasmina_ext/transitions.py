@@ -66,7 +66,8 @@ class SeedTransitions:
         A germinating seed without a blueprint takes 0, and its slice of the bank becomes the
         strategy's neutral element (MIXED: the mean of its activations, 0 where not measured), so
         that growth preserves the function, unless ``metadata["keep_blueprint"]`` is true.
-        ValueError for a seed, state, blueprint or strategy that does not exist.
+        ValueError for a seed, state, blueprint or strategy that does not exist; RuntimeError where the
+        bank cannot be made neutral, since it is parametrized. Nothing is written then.
         """
         seed = checked_seed_id(seed_id, self.num_seeds)
         target = ExtendedLifecycle.parse(target_state)
@@ -75,6 +76,9 @@ class SeedTransitions:
         state = self._buffers["state"]
         current = state[:, seed].tolist()
         germinates = target is ExtendedLifecycle.GERMINATED
+        neutral = germinates and not metadata.get("keep_blueprint", False)
+        if neutral:
+            self.check_own_bank()
         if germinates and current[StateVar.BLUEPRINT_ID] < 0 and not updates.keys() & {"blueprint", "blueprint_id"}:
             updates["blueprint"] = 0
         ids, values = self._checked(seed, updates)
@@ -94,7 +98,7 @@ class SeedTransitions:
         before = state[StateVar.LIFECYCLE_STATE].clone()
         values[StateVar.LIFECYCLE_STATE] = torch.full_like(ids, int(target), dtype=state.dtype)
         self.extended_state.write(ids, values)
-        self._follow_up(before, germinates and not metadata.get("keep_blueprint", False))
+        self._follow_up(before, neutral)
         return True
 
     # ---- many seeds, on the device ---------------------------------------------------------------
@@ -131,8 +135,9 @@ class SeedTransitions:
         What a transition brings with it follows the verdicts: neutral germination as in
         :meth:`request_state_transition`, and under an alpha schedule alpha 0 on entering GRAFTING,
         1 on entering STABILIZATION. TypeError or ValueError for arguments of the wrong kind or
-        number, before anything is written. :func:`kasmina_ext.explain_verdicts` puts verdicts into
-        words.
+        number, RuntimeError where seeds may germinate in a bank that cannot be made neutral since it is
+        parametrized, before anything is written. :func:`kasmina_ext.explain_verdicts` puts verdicts
+        into words.
         """
         state = self._buffers["state"]
         ids = batch_ids(seed_ids, self.num_seeds, state.device)
@@ -141,8 +146,11 @@ class SeedTransitions:
         blueprint, strategy, mask = self._blueprint_and_strategy(ids, to, blueprints, strategies)
         values = torch.stack((to, blueprint, torch.zeros_like(to), strategy), 1)
         may_germinate = not isinstance(targets, int) or targets == _GERMINATED
+        neutral = may_germinate and not keep_blueprints
+        if neutral:
+            self.check_own_bank()
         rules = self.transition_rules if rules is None else rules
-        return self._update(ids, values, mask, rules, may_germinate and not keep_blueprints)
+        return self._update(ids, values, mask, rules, neutral)
 
     def recycle(self, seed_ids: SeedIds = None) -> Tensor:
         """Seeds that were CULLED, CANCELLED or ROLLED_BACK become DORMANT again; verdicts as in

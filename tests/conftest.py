@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stacks
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -19,6 +20,7 @@ HAS_CUDA = torch.cuda.is_available()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitizer: small cases of the kernels, also run under compute-sanitizer")
+    stacks.register(config)
 
 
 @pytest.fixture(
