@@ -72,7 +72,7 @@ class BlueprintBank:
             raise RuntimeError("blueprint_weights is parametrized: what is written to it would be lost")
         with torch.no_grad():
             bank = self.blueprint_weights
-            bank.copy_(torch.where(mask, values.to(bank.dtype), bank))
+            bank.copy_(torch.where(_placed(mask, bank), _placed(values.to(bank.dtype), bank), bank))
 
     # ---- what an optimizer remembers -------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class BlueprintBank:
         moments = [value for value in remembered if isinstance(value, Tensor) and value.shape == bank.shape]
         mask = self.blueprint_mask(self._chosen(seed_ids))
         for moment in moments:
-            moment.detach().masked_fill_(mask.to(moment.device), 0)
+            moment.detach().masked_fill_(_placed(mask.to(moment.device), moment), 0)
 
     def _chosen(self, seed_ids: SeedIds) -> Tensor:
         device, seeds = self._buffers["state"].device, self.num_seeds
@@ -122,3 +122,12 @@ class BlueprintBank:
             buffers["state"],
             self.blueprint_weights,
         )
+
+
+def _placed(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor``, the same in every process, sharded as ``model`` is; itself where that is an ordinary tensor."""
+    if not hasattr(model, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # not there in every build of torch
+
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -286,23 +286,26 @@ class GrowthController:
         their way are written first. Copies on the CPU, safe for ``torch.load(weights_only=True)``. Waits for the device.
         """
         self._log.flush()
+        return self._state(lambda tensor: tensor.detach().to("cpu", copy=True))
 
-        def kept(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
+    def _state(self, kept: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """:meth:`state_dict` of tensors as ``kept`` makes them; does not wait for the device itself."""
         return {
             "format": _FORMAT,
             "config": self.config.as_dict(),
-            "layers": {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)},
+            "layers": self._sizes(),
             "budget": self._budget,
             "steps": self.steps,
             "ticks": self.ticks,
-            "lives": kept([self._lives])[0],
-            "losses": kept([self._losses])[0],
-            "watched": kept(self._watched),
-            "reconstruction": None if self._reconstruction is None else kept(self._reconstruction),
-            "snapshots": [kept(blueprints.snapshots) for blueprints in self._blueprints],
+            "lives": kept(self._lives),
+            "losses": kept(self._losses),
+            "watched": [kept(tensor) for tensor in self._watched],
+            "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
+            "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
         }
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with the settings and the policy of this controller.
@@ -310,21 +313,13 @@ class GrowthController:
         Layers and optimizer are loaded on their own. ValueError, and nothing changed, for a state
         of other layers or another format.
         """
-        if state.get("format") != _FORMAT:
-            raise ValueError(f"this is no controller's state of format {_FORMAT}")
-        layers = {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)}
-        if dict(state["layers"]) != layers:
-            raise ValueError(f"the state is of layers {dict(state['layers'])}, the controller drives {layers}")
-        shapes = [tuple(layer.blueprint_weights.shape) for layer in self.layers]
-        for shape, snapshots in zip(shapes, state["snapshots"], strict=True):
-            if any(tuple(snapshot.shape) != shape for snapshot in snapshots):
-                raise ValueError("the state's snapshots are of other banks")
+        self.check_state_dict(state)
 
         def moved(tensors: Iterable[Tensor]) -> list[Tensor]:
             return [tensor.to(layer.device, copy=True) for tensor, layer in zip(tensors, self.layers, strict=True)]
 
         self._budget = checked_budget(state["budget"])
-        self.steps, self.ticks = int(state["steps"]), int(state["ticks"])
+        self.steps, self.ticks = state["steps"], state["ticks"]
         self._lives = state["lives"].to(self._layout.device, copy=True)
         self._losses = state["losses"].to(self._layout.device, copy=True)
         self._watched = moved(state["watched"])
@@ -332,6 +327,35 @@ class GrowthController:
         self._reconstruction = None if given is None else moved(given)
         for blueprints, layer, snapshots in zip(self._blueprints, self.layers, state["snapshots"], strict=True):
             blueprints.snapshots = [snapshot.to(layer.device, copy=True) for snapshot in snapshots]
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
+        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
+            raise ValueError(f"this is no controller's state of format {_FORMAT}")
+        missing = self._state(lambda tensor: tensor).keys() - state.keys()
+        if missing:
+            raise ValueError(f"the controller's state has no {sorted(missing)[0]!r}")
+        if state["layers"] != self._sizes():
+            raise ValueError(f"the state is of layers {state['layers']}, the controller drives {self._sizes()}")
+        for name in ("steps", "ticks"):
+            if type(state[name]) is not int or state[name] < 0:
+                raise ValueError(f"the state's {name} must be an integer of at least 0, got {state[name]!r}")
+        checked_budget(state["budget"])
+        like = [layer._buffers["grad_telemetry"] for layer in self.layers]
+        banks = [layer.blueprint_weights for layer in self.layers]
+        _expect("lives", [state["lives"]], [self._lives])
+        _expect("losses", [state["losses"]], [self._losses])
+        _expect("watched", state["watched"], like)
+        if state["reconstruction"] is not None:
+            _expect("reconstruction", state["reconstruction"], [seen[:, 0] for seen in like])
+        snapshots = state["snapshots"]
+        if not isinstance(snapshots, (list, tuple)) or len(snapshots) != len(banks):
+            raise ValueError(f"the state's snapshots must be of {len(banks)} banks")
+        for of_bank, bank in zip(snapshots, banks, strict=True):
+            if not isinstance(of_bank, (list, tuple)) or len(of_bank) > 2:
+                raise ValueError("the state's snapshots must be two of each bank at most")
+            if any(not isinstance(each, Tensor) or each.shape != bank.shape for each in of_bank):
+                raise ValueError("the state's snapshots are of other banks")
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
@@ -439,3 +463,13 @@ class GrowthController:
             head |= {"z": self.config.z, "improvement": seeds.measured.improvement}
             columns |= {name: getattr(seeds.measured, name) for name in MEASURED_NUMBERS}
         self._log.record(head, applied, columns)
+
+
+def _expect(name: str, given: Any, like: Sequence[Tensor]) -> None:
+    """ValueError unless the state's entry ``given`` is one tensor for each of ``like``, of its shape and dtype."""
+    if not isinstance(given, (list, tuple)) or len(given) != len(like):
+        raise ValueError(f"the state's {name} must be {len(like)} tensors")
+    for tensor, model in zip(given, like, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.shape != model.shape or tensor.dtype != model.dtype:
+            what = f"{list(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"the state's {name} must be {list(model.shape)}, {model.dtype}; got {what}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,11 @@ class _Seen(NamedTuple):
 
     version: tuple[int, int]  # changes with every write of the state, and is known without asking the device
     history_count: Tensor
+    loaded: Tensor | None  # the layer's mark of the last load: what was loaded has a past of its own
 
 
 _watched: WeakKeyDictionary[KasminaLayer, WeakKeyDictionary[Optimizer, _Seen]] = WeakKeyDictionary()
+_saved_in_time: WeakSet[Optimizer] = WeakSet()
 
 
 @functools.cache
@@ -96,21 +98,29 @@ def _look_after(layers: list[KasminaLayer]) -> None:
         _watched.setdefault(layer, WeakKeyDictionary())
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
     """At each step of any optimizer: a few comparisons, and work only for layers whose state was written."""
     if torch.compiler.is_compiling():
         return
+    if optimizer not in _saved_in_time and any(_trains(optimizer, layer) for layer in list(_watched)):
+        # What is due at the next step must not be forgotten when the run goes on elsewhere.
+        optimizer.register_state_dict_pre_hook(_before_step)
+        _saved_in_time.add(optimizer)
     for layer, seen in list(_watched.items()):
         state = layer._buffers["state"]
         version = (state.data_ptr(), state._version)
-        last = seen.get(optimizer)
+        last, loaded = seen.get(optimizer), layer._loaded_history_count
+        if last is not None and last.loaded is not loaded:
+            last = None
         if (last is not None and last.version == version) or not _trains(optimizer, layer):
             continue
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             continue
         count = layer._buffers["history_count"]
-        layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, count if last is None else last.history_count))
-        seen[optimizer] = _Seen(version, count.clone())
+        since = loaded if last is None else last.history_count
+        since = count if since is None else since.to(count.device)
+        layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
+        seen[optimizer] = _Seen(version, count.clone(), loaded)
 
 
 def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
