@@ -32,7 +32,7 @@
 /* telemetry becomes what it would be had it seen both. */
 #define KASMINA_SCHEMA_TELEMETRY_MERGE "telemetry_merge(Tensor(a!) telemetry, Tensor other) -> ()"
 
-/* Judge and apply requests; int32 [U] verdicts. seed_ids, mask int32 [U]; values int32 [U, 4]; rules int32 [11, 11]. */
+/* Judge and apply requests; int32 [U] verdicts. state, history and history_count must be contiguous. seed_ids, mask int32 [U]; values int32 [U, 4]; rules int32 [11, 11]. */
 #define KASMINA_SCHEMA_STATE_UPDATE                                                 \
     "state_update(Tensor(a!) state, Tensor(b!) history, Tensor(c!) history_count, " \
     "Tensor seed_ids, Tensor values, Tensor mask, Tensor rules, int num_blueprints) -> Tensor"
@@ -42,7 +42,10 @@
     "lifecycle_step(Tensor(a!) state, Tensor(b!) history, Tensor(c!) history_count, " \
     "Tensor(d!) alpha, int schedule, int ramp_epochs, bool advance) -> ()"
 
-/* [S] mean squared error of the blueprints of seeds in TRAINING; target like x. */
+/*
+ * [S] mean squared error of the blueprints of seeds in TRAINING; target like x. Kernels square in x's accumulation type:
+ * a residual above 1.8e19 of a float32 x makes the loss infinite.
+ */
 #define KASMINA_SCHEMA_RECONSTRUCTION_LOSS                                             \
     "reconstruction_loss(Tensor x, Tensor target, Tensor seed_offsets, Tensor state, " \
     "Tensor blueprint_weights) -> Tensor"

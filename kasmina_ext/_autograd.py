@@ -72,7 +72,7 @@ def blend(
     grad_telemetry: Tensor,
 ) -> Tensor:
     """``backend.forward`` with ``backend.backward`` as its derivative."""
-    if _beyond_one_backward(x, alpha, weights):
+    if beyond_one_backward(x, alpha, weights):
         return backend.beyond(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
     needs_grad = x.requires_grad or weights.requires_grad or alpha.requires_grad
     if not (needs_grad and torch.is_grad_enabled()):
@@ -80,14 +80,15 @@ def blend(
     return _Blend.apply_any_level(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
 
 
-def _beyond_one_backward(*inputs: Tensor) -> bool:
+def beyond_one_backward(*inputs: object) -> bool:
     """Whether tangents are carried forward, or torch.func differentiates more than once."""
     if torch._C._are_functorch_transforms_active():
         stack = torch._C._functorch.get_interpreter_stack()
         return len(stack) != 1 or stack[0].key() != torch._C._functorch.TransformType.Grad
     if forward_ad._current_level < 0:
         return False
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs)
+    tensors = (each for each in inputs if isinstance(each, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def recomputing(x: Tensor) -> bool:

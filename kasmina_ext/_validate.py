@@ -194,6 +194,7 @@ def _expect_state(op: str, state: Tensor, history: Tensor, history_count: Tensor
 def state_update(state, history, history_count, seed_ids, values, mask, rules) -> None:
     op = "state_update"
     _expect_state(op, state, history, history_count)
+    _expect_dtype(op, "seed_ids", seed_ids, torch.int32)
     if seed_ids.dim() != 1:
         _fail(op, "seed_ids", "have shape [U]", f"{seed_ids.dim()} dimensions")
     updates = seed_ids.size(0)

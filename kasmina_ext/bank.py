@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -68,28 +72,49 @@ class BlueprintBank:
 
     def _write_bank(self, mask: Tensor, values: Tensor) -> None:
         """The one place that writes the bank: ``values`` where ``mask``, both ``[P, H]`` on the bank's device."""
-        if "blueprint_weights" not in self._parameters:
-            raise RuntimeError("blueprint_weights is parametrized: what is written to it would be lost")
+        self.check_own_bank()
         with torch.no_grad():
             bank = self.blueprint_weights
             bank.copy_(torch.where(_placed(mask, bank), _placed(values.to(bank.dtype), bank), bank))
 
-    # ---- what an optimizer remembers -------------------------------------------------------------
+    def check_own_bank(self) -> None:
+        """RuntimeError where the bank is computed (parametrized, pruned) and so cannot be written."""
+        if "blueprint_weights" not in self._parameters:
+            raise RuntimeError(
+                "blueprint_weights is parametrized: what is written to it would be lost; "
+                "to germinate seeds, pass keep_blueprints=True"
+            )
+
+    # ---- what an optimizer remembers, and is about to use ----------------------------------------
 
     def reset_optimizer_state(self, optimizer: Optimizer, seed_ids: SeedIds = None) -> None:
         """Zero what ``optimizer`` remembers of the blueprints that these seeds use: a new one must not inherit it.
 
-        That is every tensor in its state of the bank's shape: the moments of Adam, AdamW or Lion,
-        the momentum of SGD. Counters of steps stay. An optimizer that does not train the bank, or
-        has not stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a
-        mask (bool ``[S]``) it never waits for the device.
+        That is every tensor of the bank's shape in its state, in lists and dicts, too: the moments
+        of Adam, AdamW or Lion, the momentum of SGD. What has another shape (flattened or quantized
+        moments, counters of steps) stays. An optimizer that does not train the bank, or has not
+        stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a mask
+        (bool ``[S]``) it never waits for the device.
         """
         bank = self.blueprint_weights
-        remembered = optimizer.state.get(bank, {}).values()
-        moments = [value for value in remembered if isinstance(value, Tensor) and value.shape == bank.shape]
         mask = self.blueprint_mask(self._chosen(seed_ids))
-        for moment in moments:
-            moment.detach().masked_fill_(_placed(mask.to(moment.device), moment), 0)
+        for moment in _of_shape(bank.shape, optimizer.state.get(bank)):
+            _zero(moment, mask)
+
+    @property
+    def gathers_gradient(self) -> bool:
+        """Whether the bank has a ``.grad`` now."""
+        bank = self._parameters.get("blueprint_weights")
+        return bank is not None and bank.grad is not None
+
+    def forget_gradient(self, chosen: Tensor) -> None:
+        """Zero the bank's ``.grad`` for the blueprints of the seeds where ``chosen [S]``: it is of what they were.
+
+        Never waits for the device. Not while a CUDA graph is captured, since the next replay may
+        find another tensor there.
+        """
+        if self.gathers_gradient and not (chosen.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _zero(self.blueprint_weights.grad, self.blueprint_mask(chosen))
 
     def _chosen(self, seed_ids: SeedIds) -> Tensor:
         device, seeds = self._buffers["state"].device, self.num_seeds
@@ -131,3 +156,18 @@ def _placed(tensor: Tensor, model: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # not there in every build of torch
 
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
+def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
+    """The tensors of this shape in what an optimizer remembers of a parameter."""
+    if isinstance(remembered, Tensor):
+        if remembered.shape == shape:
+            yield remembered
+    elif isinstance(remembered, (Mapping, list, tuple, deque)):
+        for each in remembered.values() if isinstance(remembered, Mapping) else remembered:
+            yield from _of_shape(shape, each)
+
+
+def _zero(tensor: Tensor, mask: Tensor) -> None:
+    """Where ``mask``, a whole one also for a tensor that is spread over ranks."""
+    tensor.detach().masked_fill_(_placed(mask.to(tensor.device), tensor), 0)

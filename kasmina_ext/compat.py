@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from kasmina_ext._autograd import recomputing
 from kasmina_ext._dispatch import blend_ops
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.checkpoint.state_dict import unwrap_keys, vector_problems
@@ -203,6 +204,8 @@ class TritonKasminaLayer(_SmallLayer):
 
     VECTORS = ("lifecycle_states", "blueprint_ids", "grafting_strategies")
     BANK, STRATEGIES = "blueprint_weights", _BLENDED_IDS
+    telemetry_enabled = True
+    """Yours to change."""
 
     def __init__(self, hidden_dim: int, num_seeds: int, chunk_size: int) -> None:
         super().__init__(hidden_dim, num_seeds, chunk_size)
@@ -242,10 +245,14 @@ class TritonKasminaLayer(_SmallLayer):
         self.blend_factors[seed] = blend_factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., H)`` with every grafted seed's chunk transformed; remembers what went in, for :meth:`get_telemetry`."""
+        """``(..., H)`` with every grafted seed's chunk transformed; remembers what went in, for :meth:`get_telemetry`,
+        unless telemetry is off or this is a backward pass that computes activations again.
+        """
         offsets = _offsets(self.num_seeds, self.chunk_size, self.hidden_dim, self.lifecycle_states.device)
         strategy, alpha = _BLENDED_IDS.translate(self.grafting_strategies, self.blend_factors.float())
         state = _state(self.lifecycle_states, self.blueprint_ids, strategy)
+        if not self.telemetry_enabled or (not torch.compiler.is_compiling() and recomputing(x)):
+            return _blend(x, offsets, state, alpha, self.blueprint_weights, _no_telemetry(x))
         seen = x.new_zeros((self.num_seeds, len(TelemetryColumn)), dtype=torch.float64)
         y = _blend(x, offsets, state, alpha, self.blueprint_weights, seen)
         self._seen = seen

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_ext._dispatch import lifecycle_ops
+from kasmina_ext.arguments import at_least
 from kasmina_ext.blueprints import Blueprints
-from kasmina_ext.credit import Credit, grafted, measured_credit
-from kasmina_ext.culling import Expendable, find_expendable
+from kasmina_ext.evaluation import Evaluation, judge
 from kasmina_ext.events import EventLog, Sink
-from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict
-from kasmina_ext.measure import Layers, Layout, LossFunction, Measurement, roots_of, seed_layers
+from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict, begins_or_ends
+from kasmina_ext.measure import Layers, Layout, LossFunction, roots_of, seed_layers
 from kasmina_ext.policy import (
     MEASURED_NUMBERS,
     NUMBERS,
     STAY,
     GrowthConfig,
-    Measured,
     Policy,
     Seeds,
     alive_in,
@@ -31,40 +32,18 @@ from kasmina_ext.policy import (
     decided_by,
     default_policy,
 )
-from kasmina_ext.state_layout import NO_ID, StateVar
+from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, NO_ID, StateVar
 from kasmina_ext.telemetry import potential
 
 _S = ExtendedLifecycle
 _FORMAT = 1
-# On entering these, what an optimizer remembers of the blueprint has no meaning any more.
-_RESETTING = (_S.GERMINATED, _S.FOSSILIZED, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
+_ENTRIES = {
+    "layers", "budget", "steps", "ticks", "lives", "losses", "watched", "reconstruction", "snapshots",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What :meth:`GrowthController.evaluate` found and did."""
-
-    loss: float
-    """Of the batches, after what was culled has gone."""
-    loss_before: float
-    """As the seeds were."""
-    loss_without: float
-    """With no seed at all."""
-    advanced: int
-    fossilized: int
-    culled: int
-    """Rolled back ones included."""
-    alive: int
-    """GERMINATED to FOSSILIZED, afterwards."""
-    credit: Credit | None
-    """Of the seeds as they were; None where the settings say ``points=0``."""
-
-    def __str__(self) -> str:
-        text = (
-            f"loss {self.loss:.6g}, before culling {self.loss_before:.6g}, without seeds {self.loss_without:.6g}; "
-            f"{self.advanced} advanced, {self.fossilized} fossilized, {self.culled} culled, {self.alive} alive"
-        )
-        return text if self.credit is None else f"{text}\n{self.credit}"
+_drivers: WeakKeyDictionary[KasminaLayer, ref[GrowthController]] = WeakKeyDictionary()
+"""Who drives a layer."""
 
 
 class GrowthController:
@@ -91,7 +70,12 @@ class GrowthController:
         config: a :class:`~kasmina_ext.policy.GrowthConfig`; its fields may also be given as keywords.
         policy: a function to decide instead of the default policy: see
             :data:`~kasmina_ext.policy.Policy`. It sees all seeds, in every tick and evaluation.
-        log: a file for the event log (JSON lines are appended), or a function of each event's dict.
+        log: a file for the event log (JSON lines are appended; OSError where it cannot be opened), or
+            a function of each event's dict. If it raises later, the error comes out of the call that
+            was to write, once, when all else of it is done; events wait for the next one that works.
+
+    ValueError for a layer whose bank is parametrized: no seed could germinate in it. One layer wants
+    one controller: there is a warning where another that is still alive drives it already.
 
     The decisions of a tick are one batch of requests for each layer, judged on the device by the
     rules. The controller ticks in the place of ``layer.step_lifecycle()``: do not call both; alpha
@@ -126,15 +110,34 @@ class GrowthController:
         """Calls of :meth:`step`."""
         self.ticks = 0
         self._layout = Layout(self.layers)
+        self._check_banks()
         self._log = EventLog(log, {name: layer.num_seeds for name, layer in named.items()}, decided_by(self.policy))
         self._blueprints = [Blueprints(layer) for layer in self.layers]
         self._ramp = self.rules.least_epochs(_S.GRAFTING, _S.STABILIZATION) or 0
         self._budget = self.config.budget
-        self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+        self._watch()
         self._reconstruction: list[Tensor] | None = None
         self._losses = torch.zeros(2, dtype=torch.float64, device=self._layout.device)
         self._lives = torch.zeros(self._layout.total, dtype=torch.int32, device=self._layout.device)
         self._random = torch.Generator(self._layout.device)
+        self._take_over()
+
+    def _check_banks(self) -> None:
+        for name, layer in zip(self.names, self.layers, strict=True):
+            try:
+                layer.check_own_bank()
+            except RuntimeError as error:
+                raise ValueError(f"layer {name!r} cannot grow: {error}") from None
+
+    def _take_over(self) -> None:
+        for name, layer in zip(self.names, self.layers, strict=True):
+            other = _drivers.get(layer)
+            if other is not None and other() is not None:
+                warnings.warn(
+                    f"layer {name!r} is driven by another controller that is still alive: if both go on, it ticks twice",
+                    stacklevel=3,
+                )
+            _drivers[layer] = ref(self)
 
     # ---- in training -------------------------------------------------------------------------------------------------
 
@@ -154,7 +157,7 @@ class GrowthController:
     @property
     def _total_price(self) -> int:
         if self.config.budget_in == "seeds":
-            return self._layout.total
+            return sum(blueprints.owners for blueprints in self._blueprints)
         return sum(blueprints.total_parameters for blueprints in self._blueprints)
 
     def step(self, loss: Tensor | float | None = None, reconstruction: Tensor | Sequence[Tensor] | None = None) -> bool:
@@ -166,7 +169,7 @@ class GrowthController:
         mean and variance of what the seeds saw, which is exact for neutral blueprints.
 
         Never waits for a CUDA device as long as losses and layers lie on it. (A policy of your own
-        may; so may a log file's disk, at ticks only.)
+        may; so may a log file's disk.)
         """
         with torch.no_grad():
             self.steps += 1
@@ -179,13 +182,14 @@ class GrowthController:
                 if [tuple(each.shape) for each in given] != [(layer.num_seeds,) for layer in self.layers]:
                     raise ValueError("reconstruction must be one tensor [S] for each layer")
                 self._reconstruction = [each.detach().double() for each in given]
-            self._log.poll()
-            if self.steps % self.config.tick_every:
-                return False
-            self._tick()
-            return True
+            ticks = self.steps % self.config.tick_every == 0
+            if ticks:
+                self._tick()
+            self._log.poll()  # last: if the log fails, nothing else is half done
+            return ticks
 
     def _tick(self) -> None:
+        self._check_banks()
         self.ticks += 1
         for layer in self.layers:
             buffers = layer._buffers
@@ -205,10 +209,25 @@ class GrowthController:
         until = self.config.until
         self._decide(self._seeds(germinates=watched and (until is None or self.ticks <= until)))
         if watched:
-            # From here on, what the gradient says to the network as it has become.
-            self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+            self._watch()
         self._losses.zero_()
         self._reconstruction = None
+
+    def _watch(self) -> None:
+        """From here on, what the gradient says to the network as it has become."""
+        self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+        self._resets = [layer.telemetry_resets for layer in self.layers]
+
+    def _watched_since(self) -> list[Tensor | None]:
+        """Of each layer, None where its telemetry has begun afresh since: then all of it counts."""
+        return [
+            seen if layer.telemetry_resets == resets else None
+            for layer, seen, resets in zip(self.layers, self._watched, self._resets, strict=True)
+        ]
+
+    def flush(self) -> None:
+        """Write all events that the log still waits for. Waits for the device; raises what the log raises."""
+        self._log.flush()
 
     # ---- on held-out batches -----------------------------------------------------------------------------------------
 
@@ -219,64 +238,32 @@ class GrowthController:
         their mean. They are kept in memory meanwhile. Passes through the network, each over all
         batches: two forward, and ``points`` forward and backward for the credit; then in every round
         of the culling one forward and backward, and one forward for each of ``exact`` candidates and
-        for each proposal. Nothing but the seeds' states is touched, and the moments of blueprints
-        that end: see :func:`kasmina_ext.credit`.
+        for each proposal; where a loss is not finite, a few more to find the seeds at fault. Nothing
+        but the seeds' states is touched, and the moments and ``.grad`` of blueprints that end: see
+        :func:`kasmina_ext.credit`.
+
+        Batches (or samples) whose loss is not finite without any seed are left out, and counted in
+        the result; if that is all of them, nothing is judged, as it says. A seed with which a loss is
+        not finite, and without which it is, goes at once.
         """
         with torch.no_grad():
+            self._check_banks()
             seeds = self._seeds(germinates=False)
-            with Measurement(self._roots, batches, loss_fn) as measurement:
-                if measurement.num_batches < 2:
-                    raise ValueError("evaluate needs at least 2 batches to tell what is chance; split the one given")
-                alpha = measurement.alpha
-                before, without = measurement.losses(alpha), measurement.losses(0 * alpha)
-                account = None
-                if self.config.points:
-                    account = measured_credit(measurement, without - before, self.config.points)
-                found = self._cull(measurement, seeds)
-            loss, loss_without = found.losses.mean().item(), without.mean().item()
-            measured = Measured(
-                cost=found.cost,
-                error=found.error,
-                expendable=found.removed,
-                group_cost=found.group_cost,
-                group_error=found.group_error,
-                credit=found.cost * torch.nan if account is None else self._layout.join(account.mean),
-                error_rate=found.nonfinite / measurement.num_batches,
-                improvement=1 - loss / loss_without if loss_without else 0.0,
-            )
-            entered = self._decide(dataclasses.replace(seeds, measured=measured))
+            found = judge(self._roots, batches, loss_fn, seeds)
+            entered = self._decide(dataclasses.replace(seeds, measured=found.measured))
             counts = torch.stack([(entered == state).sum() for state in range(len(_S))]).tolist()
             alive = int(alive_in(self._lifecycles()).sum())
-        self._log.flush()
+        self._log.poll(wait=True)
         return Evaluation(
-            loss=loss,
-            loss_before=before.mean().item(),
-            loss_without=loss_without,
+            loss=found.loss,
+            loss_before=found.loss_before,
+            loss_without=found.loss_without,
             advanced=counts[_S.FINE_TUNING],
             fossilized=counts[_S.FOSSILIZED],
             culled=counts[_S.CULLED] + counts[_S.ROLLED_BACK],
             alive=alive,
-            credit=account,
-        )
-
-    def _cull(self, measurement: Measurement, seeds: Seeds) -> Expendable:
-        """Who is expendable, and who must go since the budget has shrunk."""
-        in_output = grafted(seeds.lifecycle)
-        # What has no part in the output yet goes first.
-        waiting = seeds.among(_S.GERMINATED, _S.TRAINING) & seeds.may(_S.CANCELLED)
-        surplus = -int(seeds.room) - int(torch.where(waiting, seeds.price, 0).sum())
-        removable = seeds.may(_S.CULLED)
-        if surplus > 0:
-            removable |= seeds.may(_S.ROLLED_BACK)
-        return find_expendable(
-            measurement,
-            alive=in_output,
-            candidates=in_output & removable,
-            z=self.config.z,
-            share=self.config.group,
-            exact=self.config.exact,
-            prices=seeds.price,
-            surplus=surplus,
+            credit=found.credit,
+            left_out=found.left_out,
         )
 
     # ---- going on later ----------------------------------------------------------------------------------------------
@@ -285,11 +272,13 @@ class GrowthController:
         """All that the controller knows beside the layers' own buffers, for :meth:`load_state_dict`; events still on
         their way are written first. Copies on the CPU, safe for ``torch.load(weights_only=True)``. Waits for the device.
         """
-        self._log.flush()
+        self._log.poll(wait=True)
         return self._state(lambda tensor: tensor.detach().to("cpu", copy=True))
 
     def _state(self, kept: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """:meth:`state_dict` of tensors as ``kept`` makes them; does not wait for the device itself."""
+        since = self._watched_since()
+        watched = [torch.zeros_like(seen) if at is None else at for seen, at in zip(self._watched, since, strict=True)]
         return {
             "format": _FORMAT,
             "config": self.config.as_dict(),
@@ -299,7 +288,7 @@ class GrowthController:
             "ticks": self.ticks,
             "lives": kept(self._lives),
             "losses": kept(self._losses),
-            "watched": [kept(tensor) for tensor in self._watched],
+            "watched": [kept(tensor) for tensor in watched],
             "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
             "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
         }
@@ -311,51 +300,42 @@ class GrowthController:
         """Go on where :meth:`state_dict` was taken, with the settings and the policy of this controller.
 
         Layers and optimizer are loaded on their own. ValueError, and nothing changed, for a state
-        of other layers or another format.
+        of other layers or another format, or one that is damaged.
         """
-        self.check_state_dict(state)
-
-        def moved(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.to(layer.device, copy=True) for tensor, layer in zip(tensors, self.layers, strict=True)]
-
-        self._budget = checked_budget(state["budget"])
-        self.steps, self.ticks = state["steps"], state["ticks"]
-        self._lives = state["lives"].to(self._layout.device, copy=True)
-        self._losses = state["losses"].to(self._layout.device, copy=True)
-        self._watched = moved(state["watched"])
-        given = state["reconstruction"]
-        self._reconstruction = None if given is None else moved(given)
-        for blueprints, layer, snapshots in zip(self._blueprints, self.layers, state["snapshots"], strict=True):
-            blueprints.snapshots = [snapshot.to(layer.device, copy=True) for snapshot in snapshots]
+        taken = self._taken_from(state)
+        self._budget, self.steps, self.ticks = taken["budget"], taken["steps"], taken["ticks"]
+        self._lives, self._losses, self._watched = taken["lives"], taken["losses"], taken["watched"]
+        self._reconstruction = taken["reconstruction"]
+        self._resets = [layer.telemetry_resets for layer in self.layers]
+        for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
+            blueprints.snapshots = of_layer
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
+        self._taken_from(state)
+
+    def _taken_from(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Its entries, checked, their tensors copied to where they belong."""
         if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
             raise ValueError(f"this is no controller's state of format {_FORMAT}")
-        missing = self._state(lambda tensor: tensor).keys() - state.keys()
+        missing = _ENTRIES - state.keys()
         if missing:
-            raise ValueError(f"the controller's state has no {sorted(missing)[0]!r}")
+            raise ValueError(f"the state has no {', '.join(sorted(missing))}")
         if state["layers"] != self._sizes():
             raise ValueError(f"the state is of layers {state['layers']}, the controller drives {self._sizes()}")
-        for name in ("steps", "ticks"):
-            if type(state[name]) is not int or state[name] < 0:
-                raise ValueError(f"the state's {name} must be an integer of at least 0, got {state[name]!r}")
-        checked_budget(state["budget"])
-        like = [layer._buffers["grad_telemetry"] for layer in self.layers]
-        banks = [layer.blueprint_weights for layer in self.layers]
-        _expect("lives", [state["lives"]], [self._lives])
-        _expect("losses", [state["losses"]], [self._losses])
-        _expect("watched", state["watched"], like)
-        if state["reconstruction"] is not None:
-            _expect("reconstruction", state["reconstruction"], [seen[:, 0] for seen in like])
-        snapshots = state["snapshots"]
-        if not isinstance(snapshots, (list, tuple)) or len(snapshots) != len(banks):
-            raise ValueError(f"the state's snapshots must be of {len(banks)} banks")
-        for of_bank, bank in zip(snapshots, banks, strict=True):
-            if not isinstance(of_bank, (list, tuple)) or len(of_bank) > 2:
-                raise ValueError("the state's snapshots must be two of each bank at most")
-            if any(not isinstance(each, Tensor) or each.shape != bank.shape for each in of_bank):
-                raise ValueError("the state's snapshots are of other banks")
+        home, devices = [self._layout.device], [layer.device for layer in self.layers]
+        per_layer = [torch.empty(layer.num_seeds, dtype=torch.float64, device="meta") for layer in self.layers]
+        given, of_layers = state["reconstruction"], _as_many("snapshots", state["snapshots"], self.layers)
+        return {
+            "budget": checked_budget(state["budget"]),
+            "steps": at_least("steps", state["steps"], 0),
+            "ticks": at_least("ticks", state["ticks"], 0),
+            "lives": _moved("lives", [state["lives"]], [self._lives], home)[0],
+            "losses": _moved("losses", [state["losses"]], [self._losses], home)[0],
+            "watched": _moved("watched", state["watched"], self._watched, devices),
+            "reconstruction": None if given is None else _moved("reconstruction", given, per_layer, devices),
+            "snapshots": [_moved_snapshots(each, layer) for each, layer in zip(of_layers, self.layers, strict=True)],
+        }
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
@@ -380,7 +360,7 @@ class GrowthController:
             alpha=layout.buffer("alpha").clone(),
             parameters=parameters,
             potential=layout.join(
-                [potential(layer, since) for layer, since in zip(self.layers, self._watched, strict=True)]
+                [potential(layer, since) for layer, since in zip(self.layers, self._watched_since(), strict=True)]
             ),
             activations=layout.buffer("telemetry").clone(),
             reconstruction=reconstruction,
@@ -417,9 +397,10 @@ class GrowthController:
     def _decide(self, seeds: Seeds) -> Tensor:
         """Ask the policy, request what it wants, log what came of it: int32 ``[T]``, the states entered, else -1."""
         wanted = self.policy(seeds)
-        if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or wanted.is_floating_point():
+        if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or not _of_integers(wanted):
             raise TypeError(f"a policy must return integers [{self._layout.total}], one for each seed")
-        wanted = self._within_budget(seeds, wanted.to(seeds.lifecycle.dtype))
+        # What fits into no int32 is no state either; it must not wrap to one.
+        wanted = self._within_budget(seeds, wanted.long().clamp(INT32_MIN, INT32_MAX).to(seeds.lifecycle.dtype))
         verdicts = []
         for layer, targets in zip(self.layers, self._layout.split(wanted), strict=True):
             every = torch.arange(layer.num_seeds, dtype=torch.int32, device=layer.device)
@@ -440,9 +421,7 @@ class GrowthController:
         return torch.where(begins & ~seeds.best(begins, known, seeds.room), STAY, wanted)
 
     def _follow_up(self, seeds: Seeds, entered: Tensor) -> None:
-        resets = torch.zeros_like(entered, dtype=torch.bool)
-        for state in _RESETTING:
-            resets |= entered == state
+        resets = begins_or_ends(entered)
         ends = resets & (entered > _S.FOSSILIZED)
         masks = (resets, ends & (seeds.nonfinite > 0))
         for layer, ended, broken in zip(self.layers, *(self._layout.split(mask) for mask in masks), strict=True):
@@ -465,11 +444,28 @@ class GrowthController:
         self._log.record(head, applied, columns)
 
 
-def _expect(name: str, given: Any, like: Sequence[Tensor]) -> None:
-    """ValueError unless the state's entry ``given`` is one tensor for each of ``like``, of its shape and dtype."""
-    if not isinstance(given, (list, tuple)) or len(given) != len(like):
-        raise ValueError(f"the state's {name} must be {len(like)} tensors")
-    for tensor, model in zip(given, like, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.shape != model.shape or tensor.dtype != model.dtype:
-            what = f"{list(tensor.shape)}, {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"the state's {name} must be {list(model.shape)}, {model.dtype}; got {what}")
+def _of_integers(tensor: Tensor) -> bool:
+    return not (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex())
+
+
+def _moved(name: str, tensors: Any, like: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
+    """Copies of a state's tensors on these devices; ValueError unless they are tensors of the shapes and dtypes given."""
+    for tensor, expected in zip(_as_many(name, tensors, like), like, strict=True):
+        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+            what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} in the state must be {expected.dtype} {list(expected.shape)}, got {what}")
+    return [tensor.to(device, copy=True) for tensor, device in zip(tensors, devices, strict=True)]
+
+
+def _moved_snapshots(given: Any, layer: KasminaLayer) -> list[Tensor]:
+    shape, device = layer.blueprint_weights.shape, layer.device
+    known = isinstance(given, (list, tuple)) and len(given) <= 2
+    if not known or not all(isinstance(one, Tensor) and one.shape == shape for one in given):
+        raise ValueError("snapshots in the state are of other banks")
+    return [one.to(device, copy=True) for one in given]
+
+
+def _as_many(name: str, values: Any, like: Sequence[Any]) -> Sequence[Any]:
+    if not isinstance(values, (list, tuple)) or len(values) != len(like):
+        raise ValueError(f"{name} in the state must be a list of {len(like)}")
+    return values

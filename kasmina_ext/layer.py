@@ -19,6 +19,7 @@ from kasmina_ext.checkpoint.state_dict import adopt_triton_layout, problems_in, 
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, GraftingStrategyFactory
 from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionRules
+from kasmina_ext.optim import look_after
 from kasmina_ext.report import SeedReport, seed_report
 from kasmina_ext.state import ExtendedStateTensor
 from kasmina_ext.state_layout import StateVar, fill_fresh, new_state, row_view
@@ -94,6 +95,8 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, Transparent
         "performance_metrics": torch.float32,
     }
     OWN_NAMES = frozenset({"base_layer", "blueprint_weights"})
+    telemetry_resets = 0
+    """How often the telemetry has begun afresh: who keeps a copy of it can tell that it is of another time."""
 
     def __init__(
         self,
@@ -171,9 +174,11 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, Transparent
         self.base_layer = base_layer
         self._bring_rules()
         self.reset_parameters()
+        look_after(self)
 
     def reset_parameters(self) -> None:
         """A new layer's seeds, telemetry and bank, in place (after ``to_empty``, say); the base layer is left alone."""
+        self.check_own_bank()
         buffers = self._buffers
         with torch.no_grad():
             offsets = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
@@ -244,7 +249,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, Transparent
     @property
     def extended_state(self) -> ExtendedStateTensor:
         """The state's API, on the layer's own tensors."""
-        return ExtendedStateTensor.over(self._buffers, self.num_blueprints)
+        return ExtendedStateTensor.over(self._buffers, self.num_blueprints, self._follow_transitions)
 
     @property
     def device(self) -> torch.device:
@@ -288,6 +293,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, Transparent
         """Forget all activations and gradients seen."""
         self._buffers["telemetry"].zero_()
         self._buffers["grad_telemetry"].zero_()
+        self.telemetry_resets += 1
 
     def seed_report(self, per: str = "seed") -> SeedReport:
         """What each seed (``per="seed"``) or state (``per="state"``) is and has seen. Waits for the device.
@@ -298,6 +304,10 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, Transparent
         return seed_report(self, per)
 
     # ---- what nn.Module asks for -----------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look_after(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
         super()._apply(fn, recurse)

@@ -27,7 +27,10 @@ def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = 
     """``versioned``: arguments that the operator writes and that a backward may have saved."""
 
     def no_vmap(*args, **kwargs):
-        raise RuntimeError(f"kasmina::{name} cannot be vmapped: it updates per-layer state; call it on the whole batch")
+        raise RuntimeError(
+            f"kasmina::{name} cannot be vmapped: it has no batching rule, since its seeds belong to one layer; call it "
+            "on the whole batch"
+        )
 
     _library.impl(name, fallback, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kasmina::{name}", fake, lib=_library)
@@ -40,12 +43,20 @@ def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = 
 def _bumping_versions(name: str, versioned: tuple[int, ...]):
     """C operators do not bump version counters: without this, a backward would miss that its inputs have changed."""
 
-    def bump_and_redispatch(*args):
-        torch.autograd.graph.increment_version([args[i] for i in versioned])
+    def redispatch_and_bump(*args):
+        written = [args[i] for i in versioned if isinstance(args[i], Tensor)]
+        counted = [tensor for tensor in written if not tensor.is_inference()]
+        if len(counted) < len(written) and not torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{name} writes in place: to an inference tensor in inference mode only")
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return getattr(_kasmina, name).default(*args)
+            result = getattr(_kasmina, name).default(*args)
+        # Afterwards: a call that was refused has written nothing, nor has one without requests.
+        if isinstance(result, Tensor) and isinstance(result.size(0), int) and result.size(0) == 0:
+            return result
+        torch.autograd.graph.increment_version(counted)
+        return result
 
-    return bump_and_redispatch
+    return redispatch_and_bump
 
 
 def _below_autograd(op, *args):
@@ -81,12 +92,16 @@ def _forward_below_autograd(*args):
     return _below_autograd(_kasmina.chunked_forward.default, *args)
 
 
-def _forward_beyond(*args):
+def _raise_beyond(name: str, times: str):
+    """Where more is asked for than one backward pass."""
     raise RuntimeError(
-        "kasmina::chunked_forward can be differentiated once, backward: for forward-mode or nested torch.func transforms "
-        "give the layer enable_triton=False (KasminaLayer: enable_kernels=False), or call "
-        "kasmina_ext.reference.chunked_forward"
+        f"kasmina::{name} can be differentiated {times}: for forward-mode or nested torch.func transforms give the layer "
+        "enable_triton=False (KasminaLayer: enable_kernels=False), or call the function of kasmina_ext.reference"
     )
+
+
+def _forward_beyond(*args):
+    _raise_beyond("chunked_forward", "once, backward")
 
 
 def _forward_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
@@ -146,6 +161,8 @@ class _NoSecondDerivative(_autograd.SingleLevelFunction):
 
 
 def _without_derivative(op, *args):
+    if _autograd.beyond_one_backward(*args):
+        _raise_beyond(op._schema.name.removeprefix("kasmina::"), "not at all")
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _NoSecondDerivative.apply_any_level(op, *args)
     return _below_autograd(op, *args)
@@ -246,8 +263,10 @@ def _lifecycle_step_fake(state, history, history_count, alpha, schedule, ramp_ep
     _validate.lifecycle_step(state, history, history_count, alpha, schedule)
 
 
-def _lifecycle_step_autograd(*args):
-    _below_autograd(_kasmina.lifecycle_step.default, *args)
+def _lifecycle_step_autograd(state, history, history_count, alpha, *rest):
+    if alpha is not None and alpha.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("lifecycle_step: alpha requires grad and is written in place: use torch.no_grad()")
+    _below_autograd(_kasmina.lifecycle_step.default, state, history, history_count, alpha, *rest)
 
 
 # ---- reconstruction_loss ---------------------------------------------------------------------------------------------
@@ -287,6 +306,8 @@ def _reconstruction_autograd(x, target, seed_offsets, state, blueprint_weights):
     if x is None or target is None or blueprint_weights is None:
         _validate.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
     args = (x.detach(), target.detach(), seed_offsets, state, blueprint_weights)
+    if _autograd.beyond_one_backward(blueprint_weights):
+        _raise_beyond("reconstruction_loss", "once, backward, in the bank")
     if blueprint_weights.requires_grad and torch.is_grad_enabled():
         return _Reconstruction.apply_any_level(*args)
     return _below_autograd(_kasmina.reconstruction_loss.default, *args)

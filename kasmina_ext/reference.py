@@ -371,20 +371,27 @@ def reconstruction_loss(
     """``[S]``: mean of ``(g(x, w) - target)^2`` over the chunks of seeds in TRAINING, 0 for all others.
 
     ``x`` and ``target`` are ``(..., H)`` of one dtype and taken as constants; the loss is float32 (float64 for a float64
-    ``x``) and differentiable in ``blueprint_weights``. ``g`` is the strategy's blend at alpha 1.
+    ``x``) and differentiable in ``blueprint_weights``. ``g`` is the strategy's blend at alpha 1. (Squared in float64 here,
+    in the accumulation type by the kernels: a float32 residual above 1.8e19 makes their loss infinite.)
     """
     _validate.reconstruction_loss(x, target, seed_offsets, state, blueprint_weights)
     return _reconstruction(x.detach(), target.detach(), seed_offsets, state, blueprint_weights)
 
 
 def _reconstruction(x, target, seed_offsets, state, blueprint_weights) -> Tensor:
-    seeds, features = seed_offsets.size(0) - 1, x.size(-1)
-    accumulate = accumulation_dtype(x.dtype)
+    seeds, accumulate = seed_offsets.size(0) - 1, accumulation_dtype(x.dtype)
     if seeds == 0 or x.numel() == 0 or blueprint_weights.size(0) == 0:
         # Through none of the bank, so that the loss has a derivative, which is 0.
         return blueprint_weights[:0].sum().to(accumulate) + x.new_zeros(seeds, dtype=accumulate)
+    f, residual, elements = _residuals(x, target, seed_offsets, state, blueprint_weights)
+    return (_sum_by_seed(f, residual.square().sum(0), seeds) / elements).to(accumulate)
+
+
+def _residuals(x, target, seed_offsets, state, blueprint_weights) -> tuple[Features, Tensor, Tensor]:
+    """Who trains, ``g(x, w) - target`` as float64 ``[N, H]``, 0 where nobody does, and the elements of each seed's chunk."""
+    seeds, features = seed_offsets.size(0) - 1, x.size(-1)
     alpha = x.new_ones(seeds, dtype=torch.float32)
-    f = _features(seed_offsets, state, alpha, blueprint_weights, accumulate, TRAINING, TRAINING)
+    f = _features(seed_offsets, state, alpha, blueprint_weights, accumulation_dtype(x.dtype), TRAINING, TRAINING)
     # In float64, where no square of a small residual vanishes.
     w, v = f.w.double(), f.v.double()
     slope = torch.where(f.strategy == MIXED, 0.5, torch.where(f.strategy == ADDITIVE, 1.0, w))
@@ -392,21 +399,29 @@ def _reconstruction(x, target, seed_offsets, state, blueprint_weights) -> Tensor
     added = torch.where(f.strategy == ADDITIVE, w, torch.where(f.strategy == MIXED, w / 2, added))
     residual = slope * x.double() + added - target.double()
     # Seeds that take no part may hold what is not finite.
-    squares = torch.where(f.grafted, residual, 0.0).square().reshape(-1, features)
-    total = _sum_by_seed(f, squares.sum(0), seeds)
-    owned = _sum_by_seed(f, f.owned.double(), seeds) * (x.numel() // features)
-    return (total / owned.clamp(min=1)).to(accumulate)
+    residual = torch.where(f.grafted, residual, 0.0).reshape(-1, features)
+    elements = _sum_by_seed(f, f.owned.double(), seeds) * residual.size(0)
+    return f, residual, elements.clamp(min=1)
 
 
 def reconstruction_loss_backward(
     grad_loss: Tensor, x: Tensor, target: Tensor, seed_offsets: Tensor, state: Tensor, blueprint_weights: Tensor
 ) -> Tensor:
-    """``[P, H]`` in the bank's dtype: the derivative of :func:`reconstruction_loss`, weighted by ``grad_loss [S]``."""
-    _validate.reconstruction_loss_backward(grad_loss, x, target, seed_offsets, state, blueprint_weights)
-    with torch.enable_grad():
-        bank = blueprint_weights.detach().requires_grad_()
-        loss = _reconstruction(x.detach(), target.detach(), seed_offsets, state, bank)
-        return torch.autograd.grad(loss, bank, grad_loss)[0].contiguous()
+    """``[P, H]`` in the bank's dtype: the derivative of :func:`reconstruction_loss`, weighted by ``grad_loss [S]``.
+
+    With residuals ``r`` and ``u = sum r x``, ``v = sum r`` over the rows: ``2 grad_loss / elements`` times u, v, v / 2 or
+    (u, v) for MULTIPLICATIVE, ADDITIVE, MIXED, AFFINE; zero but for seeds in TRAINING.
+    """
+    inputs = (x.detach(), target.detach(), seed_offsets, state, blueprint_weights)
+    _validate.reconstruction_loss_backward(grad_loss, *inputs)
+    if seed_offsets.size(0) == 1 or x.numel() == 0 or blueprint_weights.size(0) == 0:
+        return torch.zeros_like(blueprint_weights, memory_format=torch.contiguous_format)
+    f, residual, elements = _residuals(*inputs)
+    scale = (2 * grad_loss.double() / elements)[f.owner]
+    # Not for the others: 0 * inf would be NaN.
+    wide = torch.where(f.grafted, x.detach().double().reshape(residual.shape), 0.0)
+    u, v = (residual * wide).sum(0), residual.sum(0)
+    return _weight_gradient(f, scale * u, scale * v, blueprint_weights)
 
 
 _REFERENCE = _autograd.Backend(_blend, _gradients, _blend)

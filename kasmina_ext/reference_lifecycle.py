@@ -12,6 +12,8 @@ argument           dtype    shape and meaning
 ``mask``           int32    ``[U]``: bits 1, 2, 4, 8 choose the columns of ``values``; other bits are ignored
 ``rules``          int32    ``[11, 11]``: ``rules[from, to]`` is the least epochs in ``from``; below 0: illegal
 =================  =======  =====================================================================================
+
+What is written must be contiguous. ``RuntimeError`` for a wrong dtype, device, rank or length, before anything is written.
 """
 
 from __future__ import annotations

@@ -234,12 +234,14 @@ class LifecycleMachine(RuleBasedStateMachine):
 
     @rule(s=_ids, to=_states)
     def set_state(self, s: int, to: int) -> None:
-        """From anywhere to anywhere, as a transition; what was no state counts as DORMANT."""
+        """From anywhere to anywhere, as a transition; what was no state counts as DORMANT. Alpha follows, the bank does not."""
+        before = self.lives()
         self.layer.extended_state.set_state([s], to)
         seed = self.seeds[s]
         seed.lifecycle = seed.lifecycle if seed.lifecycle in range(model.STATES) else model.DORMANT
         if seed.lifecycle != to:
             seed.move(to)
+        self.follow_up(before, neutral=False)
 
     # ---- moving ----
 

@@ -148,8 +148,7 @@ def check(bad: Bad, backend: str, device: torch.device, change: Callable | None 
         assert t._use_count() == handles, f"{name} leaked"
         if t.device.type != "meta" and t.dim() <= 64:  # more, CUDA cannot compare
             assert torch.equal(t, values), f"{name} was written"
-        # The operators that write count a version before they look at their arguments.
-        assert backend == "ops" or t._version == version, f"{name} was marked as changed"
+        assert t._version == version, f"{name} was marked as changed"
     return message
 
 
@@ -202,8 +201,9 @@ def test_no_tensor_at_all(device, op):
     for name, value in good_arguments(op, device).items():
         for wrong in (None, "text", [value]) if isinstance(value, Tensor) else ("text", [value]):
             arguments = {**good_arguments(op, device), name: wrong}
+            words = rf"{op}: {name} must be a tensor" if wrong is None else None
             for mode in (torch.enable_grad, torch.inference_mode):
-                with mode(), pytest.raises((RuntimeError, TypeError, AttributeError)):
+                with mode(), pytest.raises((RuntimeError, TypeError), match=words):
                     getattr(torch.ops.kasmina, op)(*arguments.values())
     with pytest.raises((RuntimeError, TypeError)):
         getattr(torch.ops.kasmina, op)(*list(good_arguments(op, device).values())[:-1])

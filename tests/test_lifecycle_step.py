@@ -232,6 +232,20 @@ def test_sizes(backend, device, num_seeds, schedule):
     assert num_seeds < 300 or tensors.state[0].eq(model.STABILIZATION).any()
 
 
+def test_ten_million_seeds(device):
+    checks.needs_memory(device, gib=2)
+    many = 10_000_000
+    state = torch.zeros(8, many, dtype=torch.int32, device=device)
+    history = torch.zeros(many, 10, 2, dtype=torch.int32, device=device)
+    count, alpha = torch.zeros(many, dtype=torch.int32, device=device), torch.zeros(many, device=device)
+    state[0, 1::3], state[2, 1::3] = model.GRAFTING, 49
+    ops.lifecycle_step(state, history, count, alpha, 1, 50, True)
+    grafting = torch.arange(many, device=device) % 3 == 1
+    assert torch.equal(state[0], torch.where(grafting, model.GRAFTING + 1, 0).int())
+    assert torch.equal(alpha, grafting.float()) and torch.equal(count, grafting.int())
+    assert torch.equal(state[2], (~grafting).int()) and not state[5:].any()
+
+
 def test_every_path_gives_the_same_state(device):
     """Integers exactly; alpha too but for the last bit of a cosine or an exponential."""
     for schedule in range(4):

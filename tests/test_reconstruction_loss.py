@@ -318,6 +318,67 @@ def test_func_grad(backend, device):
     torch.testing.assert_close(value, loss_of(backend, inputs).sum(), rtol=0, atol=0)
 
 
+def _dual(f, w):
+    with torch.autograd.forward_ad.dual_level():
+        return f(torch.autograd.forward_ad.make_dual(w, torch.ones_like(w)))
+
+
+BEYOND = {
+    "jvp": lambda f, w: torch.func.jvp(f, (w,), (torch.ones_like(w),)),
+    "dual numbers": _dual,
+    "grad of grad": lambda f, w: torch.func.grad(lambda w: torch.func.grad(f)(w).sum())(w),
+    "jvp of grad": lambda f, w: torch.func.jvp(torch.func.grad(f), (w,), (torch.ones_like(w),)),
+    "grad of jvp": lambda f, w: torch.func.grad(lambda w: torch.func.jvp(f, (w,), (torch.ones_like(w),))[1])(w),
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_more_than_one_backward_is_an_error_not_a_zero(device, beyond):
+    inputs, weights = doubles(device, "affine")
+    with pytest.raises(RuntimeError, match="kasmina_ext.reference"):
+        BEYOND[beyond](lambda w: loss_of("ops", inputs, w).sum(), weights.detach())
+    BEYOND[beyond](lambda w: loss_of("reference", inputs, w).sum(), weights.detach())
+
+    def backward(backend: str, grad_loss: torch.Tensor) -> torch.Tensor:
+        return derivative(backend, inputs, grad_loss).square().sum()
+
+    ones = torch.ones(inputs.state.size(1), dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match="kasmina_ext.reference"):
+        BEYOND[beyond](lambda g: backward("ops", g), ones)
+    BEYOND[beyond](lambda g: backward("reference", g), ones)
+
+
+def test_the_references_derivative_has_one_itself(device):
+    """It is what the operators' error sends people to."""
+    inputs, weights = doubles(device, "affine")
+    grad_loss = torch.rand(inputs.state.size(1), dtype=torch.float64, device=device).requires_grad_()
+    call = function("reference", "reconstruction_loss_backward")
+
+    def found(grad_loss, weights):
+        return call(grad_loss, inputs.x, inputs.grad_y, inputs.offsets, inputs.state, weights)
+
+    assert gradcheck(found, (grad_loss, weights)) and found(grad_loss, weights).requires_grad
+
+
+@checks.backends
+def test_far_more_seeds_than_features(backend, device):
+    """Nearly all of a hundred thousand chunks are empty."""
+    inputs = training(Case((6, 24), 3, states="grafted"), device)
+    want, grad_loss = loss_of(backend, inputs), torch.ones(3, device=device)
+    slope = derivative(backend, inputs, grad_loss)
+    many = 100_000
+    crowd = inputs.offsets.new_zeros(many + 1)
+    crowd[-3:] = inputs.offsets[1:]
+    crowd[-4] = inputs.offsets[0]
+    state = torch.zeros(8, many, dtype=torch.int32, device=device)
+    state[0], state[:, -3:] = TRAINING, inputs.state
+    call = (inputs.x, inputs.grad_y, crowd, state, inputs.weights)
+    losses = function(backend, "reconstruction_loss")(*call)
+    assert torch.equal(losses[-3:], want) and not losses[:-3].any()
+    again = function(backend, "reconstruction_loss_backward")(torch.ones(many, device=device), *call)
+    assert torch.equal(again, slope)
+
+
 def test_vmap_is_refused(device):
     inputs, weights = doubles(device, "mul")
     with pytest.raises(RuntimeError, match="reconstruction_loss cannot be vmapped"):

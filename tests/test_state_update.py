@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lifecycle_checks import function
 from lifecycle_model import INT_MAX, INT_MIN, POLICIES, Seed, Tensors
 
+from kasmina_ext import ops
 from kasmina_ext.lifecycle import TransitionRules
 
 ANY = torch.tensor(model.table(POLICIES["any"]), dtype=torch.int32)
@@ -266,6 +267,30 @@ def random_requests(updates: int, num_seeds: int, rng: np.random.Generator) -> t
     return tuple(torch.from_numpy(a.astype(np.int32)) for a in (ids, values, rng.integers(0, 32, updates)))
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("aliased", ["seed_ids", "values", "mask"])
+@checks.backends
+def test_requests_that_are_views_of_the_state(backend, device, aliased):
+    """They are read as they were before the batch."""
+    states, generator = 4, np.random.default_rng(7)
+    for _ in range(20):
+        tensors = model.random_tensors(states, generator, device)
+        tensors.state[:4] = torch.from_numpy(generator.integers(0, 4, (4, states)).astype(np.int32)).to(device)
+        start, seeds = tensors.clone(), model.from_tensors(tensors)
+        requests = {
+            "seed_ids": torch.arange(states),
+            "values": torch.ones(states, 4),
+            "mask": torch.full((states,), 15),
+        }
+        requests = {name: t.int().to(device) for name, t in requests.items()}
+        view = {"seed_ids": tensors.state[1], "values": tensors.state[:4], "mask": tensors.count}
+        requests[aliased] = view[aliased]
+        plain = [t.tolist() for t in requests.values()]
+        found = function(backend, "state_update")(*tensors.lived, *requests.values(), ANY.to(device), 4)
+        assert found.tolist() == model.update(seeds, *plain, ANY.tolist(), 4)
+        assert model.differences(seeds, tensors) == [] and not tensors.same(start)
+
+
 @pytest.mark.parametrize("num_seeds", [1, 1000, 300_000])
 def test_a_million_requests(device, num_seeds):
     """The same verdicts and the same state from every path, twice over; duplicates from none to a million."""
@@ -273,7 +298,8 @@ def test_a_million_requests(device, num_seeds):
     start, requests = model.random_tensors(num_seeds, rng), random_requests(1_000_000, num_seeds, rng)
     rules = torch.where(ANY >= 0, torch.from_numpy(rng.integers(-1, 120, (11, 11)).astype(np.int32)), -1)
     outcomes = []
-    for backend, where in (("reference", torch.device("cpu")), ("ops", device), ("ops", device)):
+    cpu = torch.device("cpu")
+    for backend, where in (("reference", cpu), ("reference", device), ("ops", cpu), ("ops", device), ("ops", device)):
         tensors = Tensors(*(t.to(where, copy=True) for t in (*start.lived, start.alpha)))
         arguments = [t.to(where) for t in (*requests, rules)]
         verdicts = function(backend, "state_update")(*tensors.lived, *arguments, 4)
@@ -399,10 +425,64 @@ def test_version_counters_move(backend, device):
 
 
 @checks.backends
+def test_no_request_is_no_write(backend, device):
+    """A backward that waits for its state need not be told of it."""
+    tensors = model.to_tensors([Seed()], device)
+    before = [t._version for t in tensors.lived]
+    assert apply(backend, tensors, [], np.empty((0, 4)), [], STRICT) == []
+    assert [t._version for t in tensors.lived] == before
+
+
+def test_version_counters_move_in_a_compiled_graph(device):
+    tensors = model.to_tensors([Seed()], device)
+    inputs = [ints(v, device) for v in ([0], [[1, 0, 0, 0]], [1], STRICT)]
+    call = torch.compile(function("ops", "state_update"), backend="aot_eager", fullgraph=True)
+    before = [t._version for t in tensors.lived]
+    assert call(*tensors.lived, *inputs, 4).tolist() == [0] and tensors.state[0, 0] == 1
+    assert all(t._version > v for t, v in zip(tensors.lived, before, strict=True))
+
+
+@checks.backends
+def test_what_autograd_or_inference_mode_forbids_to_write(backend, device):
+    with torch.inference_mode():
+        frozen = model.to_tensors([Seed()], device)
+    inputs = [ints(v, device) for v in ([0], [[1, 0, 0, 0]], [1], STRICT)]
+    with pytest.raises(RuntimeError, match="[Ii]nference"):
+        function(backend, "state_update")(*frozen.lived, *inputs, 4)
+    with pytest.raises(RuntimeError, match="[Ii]nference"):
+        function(backend, "lifecycle_step")(*frozen.lived, frozen.alpha, 1, 50, False)
+    tensors = model.to_tensors([Seed(3)], device)
+    tensors.alpha.requires_grad_()
+    with pytest.raises(RuntimeError, match="grad"):
+        function(backend, "lifecycle_step")(*tensors.lived, tensors.alpha, 1, 50, False)
+    with torch.no_grad():
+        function(backend, "lifecycle_step")(*tensors.lived, tensors.alpha, 1, 50, False)
+
+
+@checks.backends
 def test_works_without_grad_and_in_inference_mode(backend, device):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert single(backend, device, Seed(), STRICT, lifecycle=1)[0] == 0
+
+
+def test_temporary_memory_is_an_int32_for_each_seed():
+    """... and the verdicts."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    updates, num_seeds, rng = 300_000, 200_000, np.random.default_rng(4)
+    tensors = model.random_tensors(num_seeds, rng, "cuda")
+    arguments = [t.cuda() for t in (*random_requests(updates, num_seeds, rng), STRICT)]
+    for call, allowed in (
+        (lambda: ops.state_update(*tensors.lived, *arguments, 4), 4 * (updates + num_seeds)),
+        (lambda: ops.lifecycle_step(*tensors.lived, tensors.alpha, 2, 50, True), 0),
+    ):
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        assert torch.cuda.max_memory_allocated() - before <= allowed + 4096, kept
+        del kept
 
 
 @checks.backends

@@ -17,8 +17,8 @@ namespace kasmina
 constexpr int FEATURE_SHARES = BLOCK / WARP;
 
 /*
- * What one launch leaves for the next. Float64 throughout: a partial sum then loses nothing beyond its groups, no loss
- * scale overflows it, and it is small beside the tensors.
+ * What one launch leaves for the next. Float64 throughout: a partial sum then loses nothing beyond its groups, it
+ * overflows only where a group in float32 did, and it is small beside the tensors.
  */
 struct feature_sums {
     double2 *partials; /* [splits, slots] (u, v) of a feature in one tile and split */

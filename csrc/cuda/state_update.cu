@@ -33,11 +33,15 @@ __global__ void __launch_bounds__(BLOCK) judge_requests(const __grid_constant__ 
 int kasmina_state_update_cuda(const kasmina_state_update_args *args, void *stream)
 {
     const int64_t blocks = (args->num_updates + BLOCK - 1) / BLOCK;
-    /* Bytes of 0xff make the int32 -1. */
-    cudaError_t error =
-        cudaMemsetAsync(args->winner, 0xff, (size_t)args->num_seeds * sizeof *args->winner, (cudaStream_t)stream);
-    if (args->num_seeds && error != cudaSuccess) return error;
-    error = kasmina::launch(choose_winners, *args, blocks, BLOCK, 0, stream, false);
+    if (args->num_seeds) {
+        const size_t bytes = (size_t)args->num_seeds * sizeof *args->winner;
+        const cudaError_t error = cudaMemsetAsync(args->winner, 0xff, bytes, (cudaStream_t)stream); /* int32 -1 */
+        if (error != cudaSuccess) {
+            (void)cudaGetLastError(); /* or a later call would report it again */
+            return error;
+        }
+    }
+    const cudaError_t error = kasmina::launch(choose_winners, *args, blocks, BLOCK, 0, stream, false);
     if (error != cudaSuccess) return error;
     return kasmina::launch(judge_requests, *args, blocks, BLOCK, 0, stream, false);
 }

@@ -1,5 +1,3 @@
-#include <inttypes.h>
-
 #include "ops/common.h"
 #include "ops/ops.h"
 #include "ops/validate.h"
@@ -15,17 +13,30 @@ static bool validate(const kasmina_tensor *t, kasmina_status *status)
 {
     const kasmina_tensor *state = &t[STATE];
     if (!kasmina_expect_state(op, state, &t[HISTORY], &t[HISTORY_COUNT], status)) return false;
-    if (t[SEED_IDS].dim != 1)
-        return kasmina_fail(status, "%s: seed_ids must have shape [U], got %" PRId64 " dimensions", op,
-                            t[SEED_IDS].dim);
+    if (!kasmina_expect_requests(op, &t[SEED_IDS], status)) return false;
     const int64_t updates = t[SEED_IDS].sizes[0];
     const int64_t values[] = {updates, 4}, rules[] = {11, 11};
-    if (updates > INT32_MAX)
-        return kasmina_fail(status, "%s: seed_ids must have at most %d elements, got %" PRId64, op, INT32_MAX, updates);
     return kasmina_expect_int32(op, "seed_ids", &t[SEED_IDS], state, 1, &updates, "[U]", status) &&
            kasmina_expect_int32(op, "values", &t[VALUES], state, 2, values, "[U, 4]", status) &&
            kasmina_expect_int32(op, "mask", &t[MASK], state, 1, &updates, "[U]", status) &&
            kasmina_expect_int32(op, "rules", &t[RULES], state, 2, rules, "[11, 11]", status);
+}
+
+/* Whether two contiguous int32 tensors that are not empty share memory. False, with a message, where torch refuses. */
+static bool overlap(const kasmina_tensor *a, const kasmina_tensor *b, kasmina_status *status)
+{
+    const int32_t *first = kasmina_tensor_data(a, status), *second = kasmina_tensor_data(b, status);
+    return first && second && (uintptr_t)first < (uintptr_t)(second + b->numel) &&
+           (uintptr_t)second < (uintptr_t)(first + a->numel);
+}
+
+/* The request at `input` as the kernels read it: contiguous, and out of the way of what they write meanwhile. */
+static bool make_readable(kasmina_tensor *t, int input, kasmina_status *status)
+{
+    if (!kasmina_tensor_make_contiguous(&t[input], status)) return false;
+    for (int written = STATE; written <= HISTORY_COUNT && t[written].numel; ++written)
+        if (overlap(&t[input], &t[written], status)) return kasmina_tensor_restride(&t[input], NULL, status);
+    return !status->failed;
 }
 
 static bool run(kasmina_tensor *t, int64_t num_blueprints, const kasmina_device_scope *scope, kasmina_status *status)
@@ -37,7 +48,7 @@ static bool run(kasmina_tensor *t, int64_t num_blueprints, const kasmina_device_
         return false;
     if (args.num_updates == 0) return true;
     for (int i = SEED_IDS; i <= RULES; ++i)
-        if (!kasmina_tensor_make_contiguous(&t[i], status)) return false;
+        if (!make_readable(t, i, status)) return false;
     if (args.num_seeds) {
         args.state = kasmina_tensor_mutable_data(&t[STATE], status);
         args.history = kasmina_tensor_mutable_data(&t[HISTORY], status);

@@ -231,6 +231,17 @@ bool kasmina_expect_int32(const char *op, const char *argument, const kasmina_te
            expect_shape(op, argument, tensor, dim, sizes, named, status);
 }
 
+bool kasmina_expect_requests(const char *op, const kasmina_tensor *seed_ids, kasmina_status *status)
+{
+    if (!expect_dtype(op, "seed_ids", seed_ids, aoti_torch_dtype_int32(), status)) return false;
+    if (seed_ids->dim != 1)
+        return kasmina_fail(status, "%s: seed_ids must have shape [U], got %" PRId64 " dimensions", op, seed_ids->dim);
+    if (seed_ids->sizes[0] > INT32_MAX)
+        return kasmina_fail(status, "%s: seed_ids must have at most %d elements, got %" PRId64, op, INT32_MAX,
+                            seed_ids->sizes[0]);
+    return true;
+}
+
 bool kasmina_expect_state(const char *op, const kasmina_tensor *state, const kasmina_tensor *history,
                           const kasmina_tensor *history_count, kasmina_status *status)
 {

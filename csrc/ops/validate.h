@@ -44,6 +44,9 @@ bool kasmina_expect_mergeable(const char *op, const kasmina_tensor *telemetry, c
 bool kasmina_expect_state(const char *op, const kasmina_tensor *state, const kasmina_tensor *history,
                           const kasmina_tensor *history_count, kasmina_status *status);
 
+/* seed_ids is int32 [U], U at most INT32_MAX. */
+bool kasmina_expect_requests(const char *op, const kasmina_tensor *seed_ids, kasmina_status *status);
+
 /* int32 of the given shape (`named` in the message) on the device of `state`. */
 bool kasmina_expect_int32(const char *op, const char *argument, const kasmina_tensor *tensor,
                           const kasmina_tensor *state, int64_t dim, const int64_t *sizes, const char *named,
