@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -46,13 +48,21 @@ class BlueprintBank:
         super().__setattr__(name, value)
 
     @property
-    def lasting_bank(self) -> Tensor:
-        """The bank that an optimizer trains: ``blueprint_weights``, or its shards while FSDP2 has gathered it."""
-        bank = self.blueprint_weights
+    def own_bank(self) -> Tensor | None:
+        """The bank that an optimizer trains: ``blueprint_weights``, or its shards while FSDP2 has gathered it. None
+        where it is computed (parametrized, pruned).
+        """
+        bank = self._parameters.get("blueprint_weights")
         shards = _shards[self]() if self in _shards else None
         # FSDP2 can also leave it sharded over fewer processes after a forward, which does not last either.
-        lasts = shards is None or (is_sharded(bank) and bank.device_mesh == shards.device_mesh)
+        lasts = bank is None or shards is None or (is_sharded(bank) and bank.device_mesh == shards.device_mesh)
         return bank if lasts else shards
+
+    @property
+    def lasting_bank(self) -> Tensor:
+        """:attr:`own_bank`, or what is computed in its place."""
+        bank = self.own_bank
+        return self.blueprint_weights if bank is None else bank
 
     def whole_bank(self) -> Tensor:
         """``[P, H]``, a constant. Where the bank is sharded, every process must ask: its parts are gathered."""
@@ -118,15 +128,16 @@ class BlueprintBank:
                 "cannot be written: shard with torch.distributed.fsdp.fully_shard, not with FullyShardedDataParallel"
             )
 
-    # ---- what an optimizer remembers -------------------------------------------------------------
+    # ---- what an optimizer remembers, and is about to use ----------------------------------------
 
     def reset_optimizer_state(self, optimizer: Optimizer, seed_ids: SeedIds = None) -> None:
         """Zero what ``optimizer`` remembers of the blueprints that these seeds use: a new one must not inherit it.
 
-        That is every tensor in its state of the bank's shape: the moments of Adam, AdamW or Lion,
-        the momentum of SGD. Counters of steps stay. An optimizer that does not train the bank, or
-        has not stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a
-        mask (bool ``[S]``) it never waits for the device.
+        That is every tensor of the bank's shape in its state, in lists and dicts, too: the moments
+        of Adam, AdamW or Lion, the momentum of SGD. What has another shape (flattened or quantized
+        moments, counters of steps) stays. An optimizer that does not train the bank, or has not
+        stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a mask
+        (bool ``[S]``) it never waits for the device.
         """
         mask = self.blueprint_mask(self._chosen(seed_ids))
         for moment in self.moments(optimizer):
@@ -135,8 +146,22 @@ class BlueprintBank:
     def moments(self, optimizer: Optimizer) -> list[Tensor]:
         """What ``optimizer`` remembers of the bank, element by element: tensors of its shape, sharded where it is."""
         bank = self.lasting_bank
-        remembered = optimizer.state.get(bank, {}).values()
-        return [value.detach() for value in remembered if isinstance(value, Tensor) and value.shape == bank.shape]
+        return [moment.detach() for moment in _of_shape(bank.shape, optimizer.state.get(bank))]
+
+    @property
+    def gathers_gradient(self) -> bool:
+        """Whether the bank has a ``.grad`` now."""
+        bank = self.own_bank
+        return bank is not None and bank.grad is not None
+
+    def forget_gradient(self, chosen: Tensor) -> None:
+        """Zero the bank's ``.grad`` for the blueprints of the seeds where ``chosen [S]``: it is of what they were.
+
+        Never waits for the device. Not while a CUDA graph is captured, since the next replay may
+        find another tensor there.
+        """
+        if self.gathers_gradient and not (chosen.is_cuda and torch.cuda.is_current_stream_capturing()):
+            write(self.lasting_bank.grad, 0.0, self.blueprint_mask(chosen))
 
     def _chosen(self, seed_ids: SeedIds) -> Tensor:
         device, seeds = self._buffers["state"].device, self.num_seeds
@@ -170,3 +195,13 @@ class BlueprintBank:
             buffers["state"],
             gathered(bank) if is_sharded(bank) else bank,
         )
+
+
+def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
+    """The tensors of this shape in what an optimizer remembers of a parameter."""
+    if isinstance(remembered, Tensor):
+        if remembered.shape == shape:
+            yield remembered
+    elif isinstance(remembered, (Mapping, list, tuple, deque)):
+        for each in remembered.values() if isinstance(remembered, Mapping) else remembered:
+            yield from _of_shape(shape, each)

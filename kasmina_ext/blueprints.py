@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kasmina_ext import reference
+from kasmina_ext.chunking import chunk_offsets
 from kasmina_ext.grafting import GraftingStrategy
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.state_layout import StateVar
@@ -32,16 +33,17 @@ class Blueprints:
 
     def __init__(self, layer: KasminaLayer) -> None:
         self._layer = layer
+        sizes = chunk_offsets(layer.hidden_dim, layer.num_seeds, layer.chunking).diff()
+        self.owned_features = int(sizes.sum())
+        self.owners = int((sizes > 0).sum())
+        """Seeds that own features: with more seeds than features not all do."""
         self.snapshots: list[Tensor] = []
         """``[P, H]`` copies of the bank, the older one first."""
 
     @property
     def total_parameters(self) -> int:
         """If all seeds used the layer's strategy."""
-        owned = self._layer.hidden_dim if self._layer.chunking == "balanced" else None
-        if owned is None:
-            owned = self._layer.num_seeds * self._layer.chunk_size
-        return owned * self._layer.strategy.rows
+        return self.owned_features * self._layer.strategy.rows
 
     def take_snapshot(self) -> None:
         """Of the bank as it is; the last two are kept."""

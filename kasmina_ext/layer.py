@@ -16,9 +16,12 @@ from kasmina_ext._dispatch import blend_ops
 from kasmina_ext.across_ranks import AcrossRanks
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.bank import BlueprintBank
+from kasmina_ext.checkpoint.layer import LayerCheckpoints
+from kasmina_ext.checkpoint.state_dict import adopt_triton_layout, problems_in, unwrap_keys
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, GraftingStrategyFactory
 from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionRules
+from kasmina_ext.optim import look_after
 from kasmina_ext.report import SeedReport, seed_report
 from kasmina_ext.state import ExtendedStateTensor
 from kasmina_ext.state_layout import StateVar, fill_fresh, new_state, row_view
@@ -27,7 +30,7 @@ from kasmina_ext.transitions import SeedTransitions
 from kasmina_ext.wrapper import TransparentWrapper
 
 
-class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapper):
+class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks, TransparentWrapper):
     """``kasmina(base_layer(x))``: the output of ``base_layer``, with every grafted seed blended into its chunk.
 
     ======================  =======  ==============================================================
@@ -46,6 +49,11 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
     and one parameter, the bank ``blueprint_weights [P, H]``. Attributes that the layer lacks
     (``weight``, ``bias``, ``in_features``, ...) are its base layer's. Casts (``.half()``,
     ``.to(dtype)``) reach the base layer and the bank; the buffers follow devices only.
+
+    A ``state_dict`` holds these tensors and the base layer's: all that is needed to go on exactly where
+    it was taken. It does not hold arguments: in a layer with another ``alpha_schedule``, ``ramp_epochs``,
+    ``auto_advance`` or ``strategy`` these apply from then on. Loading checks values first: of
+    a layer's own tensors either all are loaded or none. See :func:`kasmina_ext.load_state_dict`.
 
     Two attributes are the user's to change: ``lifecycle_manager``, which judges single requests, and
     ``transition_rules``, which judge requests in batches.
@@ -75,6 +83,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
             is.
         blueprint_dtype: of the bank; by default float32 (float64 where the base layer is float64),
             since a small step from a weight of 1 is lost in bfloat16.
+        checkpoint_dir: where ``save_checkpoint`` writes and ``load_checkpoint`` reads.
     """
 
     BUFFER_DTYPES = {
@@ -88,6 +97,8 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
         "performance_metrics": torch.float32,
     }
     OWN_NAMES = frozenset({"base_layer", "blueprint_weights"})
+    telemetry_resets = 0
+    """How often the telemetry has begun afresh: who keeps a copy of it can tell that it is of another time."""
 
     def __init__(
         self,
@@ -107,6 +118,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
         enable_kernels: bool = True,
         device: torch.device | str | None = None,
         blueprint_dtype: torch.dtype | None = None,
+        checkpoint_dir: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(base_layer, nn.Module):
@@ -143,6 +155,9 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
         self.lifecycle_manager = LifecycleManager()
         self.transition_rules = TransitionRules.gate()
         self.grafting_factory = GraftingStrategyFactory()
+        self.checkpoint_dir = checkpoint_dir
+        self._manager = None
+        self._loaded_history_count: Tensor | None = None
 
         if device is not None:
             base_layer.to(device)
@@ -166,6 +181,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
         self.base_layer = base_layer
         self._bring_rules()
         self.reset_parameters()
+        look_after(self)
 
     def reset_parameters(self) -> None:
         """A new layer's seeds, telemetry and bank, in place (after ``to_empty``, say); the base layer is left alone."""
@@ -247,7 +263,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
     @property
     def extended_state(self) -> ExtendedStateTensor:
         """The state's API, on the layer's own tensors."""
-        return ExtendedStateTensor.over(self._buffers, self.num_blueprints)
+        return ExtendedStateTensor.over(self._buffers, self.num_blueprints, self._follow_transitions)
 
     @property
     def device(self) -> torch.device:
@@ -291,6 +307,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
         """Forget all activations and gradients seen."""
         self._buffers["telemetry"].zero_()
         self._buffers["grad_telemetry"].zero_()
+        self.telemetry_resets += 1
 
     def seed_report(self, per: str = "seed") -> SeedReport:
         """What each seed (``per="seed"``) or state (``per="state"``) is and has seen. Waits for the device.
@@ -302,6 +319,10 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
 
     # ---- what nn.Module asks for -----------------------------------------------------------------
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look_after(self)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
         super()._apply(fn, recurse)
         self._bring_rules()
@@ -310,19 +331,23 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        unwrap_keys(self, state_dict, prefix)
+        problems, absent = adopt_triton_layout(self, state_dict, prefix, missing_keys)
+        problems += problems_in(self, state_dict, prefix)
+        if problems:
+            error_msgs += problems
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        loaded = self._buffers["seed_offsets"]
-        expected = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
-        if loaded.is_meta or torch.equal(loaded.cpu(), expected):
-            return
-        self._buffers["seed_offsets"] = expected.to(loaded.device)
-        if f"{prefix}seed_offsets" in state_dict:
-            error_msgs.append(
-                f'"{prefix}seed_offsets" cuts the features differently from this layer '
-                f"(chunking={self.chunking!r}, {self.num_seeds} seeds, {self.hidden_dim} features)"
-            )
+        missing_keys[:] = [key for key in missing_keys if key not in absent]
+        if f"{prefix}history_count" in state_dict:
+            self._mark_loaded()
+
+    def _mark_loaded(self) -> None:
+        """What happened to the seeds before is in the optimizer's state that was saved with theirs."""
+        count = self._buffers["history_count"]
+        self._loaded_history_count = None if count.is_meta else count.clone()
 
     def extra_repr(self) -> str:
         schedule = f", alpha_schedule={self.alpha_schedule.name.lower()!r}, ramp_epochs={self.ramp_epochs}"
@@ -336,8 +361,8 @@ class KasminaLayer(SeedTransitions, BlueprintBank, AcrossRanks, TransparentWrapp
 class TritonChunkedKasminaLayer(KasminaLayer):
     """The drop-in for the Triton package's layer, with its defaults: uniform chunks and a bank of 10 random rows.
 
-    ``enable_triton`` keeps its name and turns the compiled kernels on; ``checkpoint_dir`` is kept
-    on the layer. All other arguments are keywords, as in :class:`KasminaLayer`; so are all methods.
+    ``enable_triton`` keeps its name and turns the compiled kernels on. All other arguments are
+    keywords, as in :class:`KasminaLayer`; so are all methods.
     """
 
     def __init__(
@@ -374,8 +399,8 @@ class TritonChunkedKasminaLayer(KasminaLayer):
             enable_kernels=enable_triton,
             device=device,
             blueprint_dtype=blueprint_dtype,
+            checkpoint_dir=checkpoint_dir,
         )
-        self.checkpoint_dir = checkpoint_dir
         self.blueprint_registry: dict[int, Any] = {}
         """Yours: what a blueprint id stands for. The layer does not look at it."""
 

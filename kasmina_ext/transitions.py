@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, strategy_number
-from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionContext, TransitionRules, state_number
+from kasmina_ext.lifecycle import (
+    ExtendedLifecycle,
+    LifecycleManager,
+    TransitionContext,
+    TransitionRules,
+    begins_or_ends,
+    state_number,
+)
 from kasmina_ext.seed_arguments import SeedIds, batch_ids, batch_values, checked_seed_id, on_device
 from kasmina_ext.state import REQUEST_BITS, ExtendedStateTensor
 from kasmina_ext.state_layout import StateVar
@@ -98,7 +105,8 @@ class SeedTransitions:
         before = state[StateVar.LIFECYCLE_STATE].clone()
         values[StateVar.LIFECYCLE_STATE] = torch.full_like(ids, int(target), dtype=state.dtype)
         self.extended_state.write(ids, values)
-        self._follow_up(before, neutral)
+        if neutral:
+            self._make_neutral(self._entered(before) == _GERMINATED)
         return True
 
     # ---- many seeds, on the device ---------------------------------------------------------------
@@ -134,10 +142,13 @@ class SeedTransitions:
 
         What a transition brings with it follows the verdicts: neutral germination as in
         :meth:`request_state_transition`, and under an alpha schedule alpha 0 on entering GRAFTING,
-        1 on entering STABILIZATION. TypeError or ValueError for arguments of the wrong kind or
-        number, RuntimeError where seeds may germinate in a bank that cannot be made neutral since it is
-        parametrized, before anything is written. :func:`kasmina_ext.explain_verdicts` puts verdicts
-        into words.
+        1 on entering STABILIZATION. What the bank's ``.grad`` has gathered for a blueprint that begins
+        or ends is zeroed, so that a step that is still to come moves neither it nor a fossil (in a
+        compiled graph or a CUDA graph: not before that step, see :func:`kasmina_ext.param_groups`).
+
+        TypeError or ValueError for arguments of the wrong kind or number, RuntimeError where seeds
+        may germinate in a bank that cannot be made neutral since it is parametrized, before anything
+        is written. :func:`kasmina_ext.explain_verdicts` puts verdicts into words.
         """
         state = self._buffers["state"]
         ids = batch_ids(seed_ids, self.num_seeds, state.device)
@@ -225,7 +236,9 @@ class SeedTransitions:
             table,
             self.num_blueprints,
         )
-        self._follow_up(before, neutral)
+        entered = self._follow_transitions(before)
+        if neutral:
+            self._make_neutral(entered == _GERMINATED)
         return verdicts
 
     def _bring_rules(self) -> None:
@@ -233,17 +246,24 @@ class SeedTransitions:
         for rules in (self.transition_rules, _RECYCLING):
             rules.on(self.device)
 
-    def _follow_up(self, before: Tensor, neutral: bool) -> None:
-        """What transitions from the states ``before [S]`` bring with them: the bank's and alpha's part, on the device."""
+    def _entered(self, before: Tensor) -> Tensor:
+        """int32 ``[S]``: the states of seeds that are not in those of ``before [S]`` any more, -1 for the others."""
         now = self._buffers["state"][StateVar.LIFECYCLE_STATE]
-        entered = now != before
-        if neutral:
-            self._make_neutral(entered & (now == _GERMINATED))
+        return torch.where(now != before, now, -1)
+
+    def _follow_transitions(self, before: Tensor) -> Tensor:
+        """What transitions from the states ``before [S]`` bring with them, but for germination, on the device; what
+        :meth:`_entered` gives.
+        """
+        entered = self._entered(before)
         if self.alpha_schedule is not AlphaSchedule.NONE:
             alpha = self._buffers["alpha"]
             with torch.no_grad():
-                alpha.masked_fill_(entered & (now == _GRAFTING), 0.0)
-                alpha.masked_fill_(entered & (now == _STABILIZATION), 1.0)
+                alpha.masked_fill_(entered == _GRAFTING, 0.0)
+                alpha.masked_fill_(entered == _STABILIZATION, 1.0)
+        if not torch.compiler.is_compiling() and self.gathers_gradient:
+            self.forget_gradient(begins_or_ends(entered))
+        return entered
 
     # ---- directly --------------------------------------------------------------------------------
 

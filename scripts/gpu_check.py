@@ -8,6 +8,7 @@ could not be run.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ import evidence
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LOGS = evidence.ROOT / "build/gpu_check"
 
+THREADS = 4  # of a process
 MODULE = "_C.abi3.so"
 CANARY = "kasmina_canary"
 
@@ -34,6 +36,7 @@ def main() -> int:
         "--out", default=os.environ.get("OUT", ""), help="also copy the results and logs to this folder"
     )
     parser.add_argument("--limit", type=int, default=570, help="seconds that all of it may take (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes of the tests (default %(default)s)")
     parser.add_argument("--skip-sanitizer", action="store_true", help="only build and test; writes no record")
     options = parser.parse_args()
     deadline = time.monotonic() + options.limit
@@ -43,7 +46,7 @@ def main() -> int:
     problems = build()
     if not problems:
         record |= evidence.machine()
-        record["tests"], problems = run_tests(deadline)
+        record["tests"], problems = run_tests(deadline, options.jobs)
         if not options.skip_sanitizer:
             record["sanitizer"], found = run_sanitizer(deadline)
             problems += found
@@ -73,13 +76,20 @@ def build() -> list[str]:
     return ["no CUDA kernel runs here: " + (run.stdout + run.stderr).strip()]
 
 
-def run_tests(deadline: float) -> tuple[dict[str, int], list[str]]:
+def default_jobs() -> int:
+    """As many as have their threads' cores, and memory for the largest tests; one where pytest-xdist is missing."""
+    return max(1, min(6, (os.cpu_count() or 1) // THREADS)) if importlib.util.find_spec("xdist") else 1
+
+
+def run_tests(deadline: float, jobs: int) -> tuple[dict[str, int], list[str]]:
     """The whole suite; counts of passed, failed, skipped."""
     report = LOGS / "pytest.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *(["-n", str(jobs)] if jobs > 1 else [])]
     log = LOGS / "pytest.log"
-    code = run_logged(command, log, deadline, os.environ | {"KASMINA_STACKS": str(evidence.STACKS)})
+    # Threads that outnumber the cores wait for each other: a suite of minutes becomes one of hours.
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "KASMINA_STACKS": str(evidence.STACKS)}
+    code = run_logged(command, log, deadline, environment)
     if not report.exists():
         return {}, [f"pytest ended with {code} and no report (see {log.name})"]
     counts = count_tests(report)

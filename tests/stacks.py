@@ -187,13 +187,29 @@ def device_of(item: pytest.Item, mark: pytest.Mark) -> str:
     return device
 
 
-class Plugin:
-    """Gathers outcomes of marked tests, and merges them into ``path`` at the end where one is given."""
+@dataclass
+class Running:
+    """A marked test of which not all reports have come yet."""
 
-    def __init__(self, path: Path | None) -> None:
+    rows: list[dict[str, Any]]
+    outcome: str = "passed"
+    reasons: list[str] = field(default_factory=list)
+
+
+class Plugin:
+    """Gathers outcomes of marked tests, and merges them into ``path`` at the end where one is given.
+
+    What a test is marked with travels with its reports: under pytest-xdist tests run in workers, and only the process
+    that all reports come to writes.
+    """
+
+    def __init__(self, path: Path | None, is_worker: bool = False) -> None:
         self.path = path
+        self.is_worker = is_worker
         self.found: dict[tuple[str, str], Found] = {}
-        self._outcome: dict[str, str] = {}
+        self._running: dict[str, Running] = {}
+
+    # ---- where tests run -----------------------------------------------------------------------------------------
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
@@ -205,28 +221,45 @@ class Plugin:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
         report = yield
-        worse = {"passed": 0, "skipped": 1, "failed": 2}
-        before = self._outcome.get(item.nodeid, "passed")
-        self._outcome[item.nodeid] = max(before, report.outcome, key=worse.__getitem__)
-        if report.when == "teardown":
-            self._keep(item, self._outcome.pop(item.nodeid))
-        elif report.skipped and isinstance(report.longrepr, tuple):
-            for found in self._rows_of(item):
-                found.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
+        report.stack_rows = [
+            {
+                "row": mark.args[0],
+                "device": device_of(item, mark),
+                "refused": mark.kwargs.get("refused", ""),
+                "note": mark.kwargs.get("note", ""),
+                "uses": list(mark.kwargs.get("uses", ())),
+            }
+            for mark in item.iter_markers("stack")
+        ]
         return report
 
-    def _rows_of(self, item: pytest.Item) -> Iterator[Found]:
-        for mark in item.iter_markers("stack"):
-            found = self.found.setdefault((mark.args[0], device_of(item, mark)), Found())
-            found.refused = found.refused or mark.kwargs.get("refused", "")
-            found.notes.append(mark.kwargs.get("note", ""))
-            found.packages.update(mark.kwargs.get("uses", ()))
-            yield found
+    # ---- where reports come to -----------------------------------------------------------------------------------
 
-    def _keep(self, item: pytest.Item, outcome: str) -> None:
-        for found in self._rows_of(item):
-            found.outcomes.append(outcome)
-            found.measured.update(item.user_properties)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if self.is_worker:
+            return
+        rows = getattr(report, "stack_rows", [])
+        if report.when == "setup" and rows:
+            self._running[report.nodeid] = Running(rows)
+        running = self._running.get(report.nodeid)
+        if running is None:
+            return
+        worse = {"passed": 0, "skipped": 1, "failed": 2}
+        running.outcome = max(running.outcome, report.outcome, key=worse.__getitem__)
+        if report.skipped and isinstance(report.longrepr, (tuple, list)):
+            running.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
+        if report.when not in ("setup", "call"):  # "???": the worker has crashed
+            self._keep(self._running.pop(report.nodeid), report.user_properties)
+
+    def _keep(self, test: Running, measured: list[tuple[str, Any]]) -> None:
+        for row in test.rows:
+            found = self.found.setdefault((row["row"], row["device"]), Found())
+            found.outcomes.append(test.outcome)
+            found.reasons += test.reasons
+            found.refused = found.refused or row["refused"]
+            found.notes.append(row["note"])
+            found.packages.update(row["uses"])
+            found.measured.update(measured)
 
     def pytest_sessionfinish(self) -> None:
         if self.path is None or not self.found:
@@ -253,7 +286,7 @@ def register(config: pytest.Config) -> None:
     """For conftest.py: the marker, and what it does."""
     config.addinivalue_line("markers", "stack(row, refused=, note=, device=, uses=): proves a row of tests/stacks.py")
     path = os.environ.get(VARIABLE)
-    config.pluginmanager.register(Plugin(Path(path) if path else None), "stacks")
+    config.pluginmanager.register(Plugin(Path(path) if path else None, hasattr(config, "workerinput")), "stacks")
 
 
 def marked_rows(folder: Path) -> set[str]:

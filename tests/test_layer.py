@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -167,6 +168,17 @@ class Unknown(nn.Module):
 def test_features_are_found(base, hidden_dim, feature_dim):
     layer = KasminaLayer(base)
     assert (layer.hidden_dim, layer.feature_dim) == (hidden_dim, feature_dim)
+
+
+def test_numbers_from_numpy():
+    base = nn.Linear(4, 32)
+    base.out_features = np.int64(32)
+    layer = KasminaLayer(base, num_seeds=np.int64(4), num_blueprints=np.uint8(3), ramp_epochs=np.int32(5))
+    assert (layer.num_seeds, layer.num_blueprints, layer.hidden_dim, layer.ramp_epochs) == (4, 3, 32, 5)
+    assert type(layer.hidden_dim) is int and KasminaLayer(base, chunk_size=np.int64(8)).num_seeds == 4
+    assert layer.request_state_transition(np.int64(1), np.int64(1), {"blueprint": np.int64(1)})
+    assert layer.request_state_transitions(np.int64(1), np.int64(2)).tolist() == [0]
+    assert layer.lifecycle_states.tolist() == [0, 2, 0, 0]
 
 
 def test_features_can_be_given():

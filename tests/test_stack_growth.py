@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
-from growing import FAST, STATES, Run, same, snapshot
+from growing import FAST, STATES, Run, graft, same, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -115,9 +118,14 @@ def test_the_first_rank_has_the_say(rank: Rank) -> None:
         wanted[rank.index] = STATES.GERMINATED
         return wanted
 
-    run = RankRun(rank, policy=odd)
+    log = rank.folder / "first" / "growth.jsonl" if rank.first else rank.folder / "not there" / "growth.jsonl"
+    if rank.first:
+        log.parent.mkdir()
+    run = RankRun(rank, policy=odd, log=log)
     run.step()
     assert [state != 0 for state in run.states()] == [True] + 6 * [False]
+    run.control.flush()
+    assert log.exists() == rank.first  # the others open none
 
 
 @in_two_ranks
@@ -185,6 +193,47 @@ def test_a_controller_goes_on_with_another_number_of_ranks(rank: Rank) -> None:
     assert run.control.ticks == 42 and rank.same(run.shared()) and rank.same(run.control._lives)
     entered = {(event["to"], event["tick"] > 22) for event in everyones(run.events)[0]}
     assert ("FINE_TUNING", True) in entered or ("CULLED", True) in entered
+
+
+@in_two_ranks
+def test_losses_that_are_not_finite_count_by_rank(rank: Rank) -> None:
+    """As for one process with the batches of both. In DDP's broadcasts the ranks would wait for each other, unless all
+    make the same passes.
+    """
+    run = RankRun(rank, {"static_graph": False}, scale=0.0, stability=0.0)
+    run.step(12)
+    for layer in run.plain.layers:
+        graft(layer, STATES.EVALUATING)
+    with torch.no_grad():
+        run.plain.first.blueprint_weights[:, :4] = 1e30
+    held = [x.clone() for x, _ in run.held]
+    held[1][slice(3) if rank.first else slice(None)] = torch.nan  # a few samples of one rank, a batch of the other
+    held[3] *= 1.0 if rank.first else 1e10  # too much for the seed above, not for the network
+    run.held = [(x, y) for x, (_, y) in zip(held, run.held, strict=True)]
+
+    twin = copy.deepcopy(run.plain)
+    alone = kx.GrowthController(twin, config=run.control.config, process_group=False)
+    alone.load_state_dict(run.control.state_dict())
+    everything = [(x.to(rank.device), y.to(rank.device)) for part in everyones(run.held) for x, y in part]
+    expected = alone.evaluate(everything, twin.loss)
+
+    def measured(found: kx.controller.Evaluation) -> list:
+        credits = torch.cat(found.credit.mean).tolist()
+        return [
+            found.loss,
+            found.loss_without,
+            found.left_out,
+            found.culled,
+            found.advanced,
+            found.credit.batches,
+            *credits,
+        ]
+
+    found = run.evaluate()
+    assert measured(found) == pytest.approx(measured(expected), rel=1e-4)
+    assert found.left_out == 13 and found.credit.batches == 9 and not math.isfinite(found.loss_before)
+    assert run.states() == torch.cat([layer.lifecycle_states for layer in twin.layers]).tolist()
+    assert run.states()[0] == STATES.CULLED and rank.same(run.shared())
 
 
 @in_two_ranks

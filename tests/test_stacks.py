@@ -12,6 +12,15 @@ import stacks
 pytest_plugins = ["pytester"]
 
 FIRST, SECOND = stacks.NAMES[:2]
+# Workers do not inherit the path.
+CONFTEST = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import stacks
+
+def pytest_configure(config):
+    stacks.register(config)
+"""
 TESTS = f"""
 import pytest
 
@@ -37,15 +46,16 @@ def test_without_a_mark():
 """
 
 
-def run(pytester: pytest.Pytester, monkeypatch, known: dict) -> dict:
+def run(pytester: pytest.Pytester, monkeypatch, known: dict, *arguments: str) -> dict:
     path = pytester.path / "results/stacks.json"
     path.parent.mkdir()
     path.write_text(json.dumps(known))
     monkeypatch.setenv(stacks.VARIABLE, str(path))
     monkeypatch.setattr(stacks, "versions", lambda device, packages: {"torch": "9"})
-    pytester.makeconftest("import stacks\ndef pytest_configure(config):\n    stacks.register(config)\n")
+    pytester.makeconftest(CONFTEST)
     pytester.makepyfile(TESTS)
-    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(passed=3, failed=2, skipped=1)
+    found = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+    found.assert_outcomes(passed=3, failed=2, skipped=1)
     return json.loads(path.read_text())
 
 
@@ -55,8 +65,9 @@ def test_every_row_has_a_test():
     assert sorted(marked - set(stacks.NAMES)) == []
 
 
-def test_outcomes_become_results(pytester, monkeypatch):
-    table = run(pytester, monkeypatch, known={})
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["alone", "in workers"])
+def test_outcomes_become_results(pytester, monkeypatch, processes):
+    table = run(pytester, monkeypatch, {}, *processes)
     assert list(table) == list(stacks.NAMES)
     works = {"result": "works", "tests": 1, "versions": {"torch": "9"}, "note": "", "measured": {"peak MiB": 3}}
     assert table[FIRST] == {
@@ -66,6 +77,18 @@ def test_outcomes_become_results(pytester, monkeypatch):
     }
     assert table[SECOND]["cpu"]["result"] == "refused"
     assert table[SECOND]["cpu"]["note"] == "an error that says so"
+
+
+def test_a_crash_is_a_failure(pytester, monkeypatch):
+    path = pytester.path / "stacks.json"
+    monkeypatch.setenv(stacks.VARIABLE, str(path))
+    pytester.makeconftest(CONFTEST)
+    test = "@pytest.mark.stack({!r})\ndef test_{}():\n    {}\n\n"
+    body = test.format(FIRST, "crash", "os._exit(3)") + test.format(SECOND, "fine", "pass")
+    pytester.makepyfile(f"import os\nimport pytest\n\n{body}")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "-n", "2")
+    table = json.loads(path.read_text())
+    assert [table[name]["cpu"]["result"] for name in (FIRST, SECOND)] == ["fails", "works"]
 
 
 def test_another_machines_results_are_kept(pytester, monkeypatch):
@@ -79,7 +102,7 @@ def test_another_machines_results_are_kept(pytester, monkeypatch):
 
 def test_a_row_that_does_not_exist_is_an_error(pytester, monkeypatch):
     monkeypatch.delenv(stacks.VARIABLE, raising=False)
-    pytester.makeconftest("import stacks\ndef pytest_configure(config):\n    stacks.register(config)\n")
+    pytester.makeconftest(CONFTEST)
     pytester.makepyfile("import pytest\n\n@pytest.mark.stack('magic: on')\ndef test_it():\n    pass\n")
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

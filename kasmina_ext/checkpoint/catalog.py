@@ -1,0 +1,138 @@
+"""What is in a directory of checkpoints, while others add and remove."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kasmina_ext.checkpoint import format, legacy
+from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
+from kasmina_ext.checkpoint.files import OpenDirectory, list_directories
+from kasmina_ext.checkpoint.header import LAYER, SEED, problem_with
+
+log = logging.getLogger(__name__)
+
+Entry = dict[str, Any]
+"""What a list shows: ``checkpoint_id, kind`` ("seed" or "layer") ``, layer_id, seed_id, tag, timestamp`` (milliseconds),
+``priority, lifecycle_state, version, size`` (bytes of the tensors' file), ``summary``; None where there is none."""
+
+PATIENCE = 100
+"""How often what was found is looked for again when others remove it meanwhile."""
+
+_FIELDS = (
+    "kind",
+    "layer_id",
+    "seed_id",
+    "tag",
+    "timestamp",
+    "priority",
+    "lifecycle_state",
+    "version",
+    "size",
+    "summary",
+)
+_CONTENT = {SEED: {"state_data", "blueprint_state"}, LAYER: {"content"}}
+_TICK = 10_000_000  # ns; two changes within a tick of the kernel's clock leave the same time
+_PAUSE = 0.002  # s
+
+Found = TypeVar("Found")
+
+
+class Catalog:
+    """The entries of one directory. What was read once is kept in ``cache``, by identifier, and used while the same
+    directory stands under that name.
+    """
+
+    def __init__(self, root: Path, cache: dict[str, Entry]) -> None:
+        self.root, self._cache = root, cache
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        """Of those whose identifier starts with ``prefix``, newest first; what is damaged is logged and left out."""
+        names = list_directories(self.root)
+        for gone in set(self._cache).difference(names):
+            self._cache.pop(gone, None)
+        found = []
+        for _, entry in self._look(name for name in names if name.startswith(prefix)):
+            if isinstance(entry, CheckpointDamaged):
+                log.warning("%s", entry)
+            else:
+                found.append(entry)
+        return sorted(found, key=lambda entry: (entry["timestamp"], entry["checkpoint_id"]), reverse=True)
+
+    def scan(self) -> Iterator[tuple[str, Entry | CheckpointDamaged]]:
+        """Each identifier with its entry, or with what is wrong with its metadata."""
+        return self._look(list_directories(self.root))
+
+    def settled(self, find: Callable[[], list[Found]]) -> list[Found]:
+        """What ``find`` finds; nothing only if there was nothing.
+
+        A scan that runs while a checkpoint is replaced by a newer one may miss both: the old one was gone
+        when it came there, the new one came when it had passed. So nothing counts only when the
+        directory has not changed meanwhile.
+        """
+        found: list[Found] = []
+        for _ in range(PATIENCE):
+            before = self._changed_at()
+            found = find()
+            if found or before == self._changed_at() < time.time_ns() - _TICK:
+                break
+            time.sleep(_PAUSE)
+        return found
+
+    def _changed_at(self) -> int:
+        try:
+            return os.stat(self.root).st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _look(self, names: Iterator[str] | list[str]) -> Iterator[tuple[str, Entry | CheckpointDamaged]]:
+        for name in names:
+            try:
+                entry = self._entry(name)
+            except CheckpointNotFound:  # removed meanwhile
+                continue
+            except CheckpointDamaged as error:
+                yield name, error
+            else:
+                if entry is not None:
+                    yield name, entry
+
+    def _entry(self, name: str) -> Entry | None:
+        """None for a directory that has nothing to do with checkpoints."""
+        with OpenDirectory(self.root, name) as directory:
+            stamp = directory.stamp()
+            cached = self._cache.get(name)
+            if cached is not None and cached["stamp"] == stamp:
+                return {key: value for key, value in cached.items() if key != "stamp"}
+            if not {format.METADATA, format.CHECKSUM, format.TENSORS}.intersection(directory.names()):
+                return None
+            header = legacy.read_header(directory) if legacy.is_legacy(directory) else format.read_header(directory)
+            problem = problem_with(header)
+            if problem:
+                raise directory.damaged(format.METADATA, problem)
+            entry = {"checkpoint_id": name, **{field: header.get(field) for field in _FIELDS}}
+            self._cache[name] = {**entry, "stamp": stamp}
+            return entry
+
+
+def read_any(root: Path, checkpoint_id: str, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``(header, content)`` of a checkpoint of any kind and age, all verified; the header with ``version`` and
+    ``checkpoint_id``.
+    """
+    with OpenDirectory(root, checkpoint_id) as directory:
+        if legacy.is_legacy(directory):
+            header, content = legacy.read(directory, max_bytes=max_bytes)
+            version = legacy.VERSION
+        else:
+            header, content = format.read_from(directory, max_bytes=max_bytes)
+            version = format.VERSION
+        problem = problem_with(header)
+        if not problem and content.keys() != _CONTENT[header["kind"]]:
+            problem = "has other fields than a checkpoint of its kind"
+        if problem:
+            raise directory.damaged(format.METADATA, problem)
+    return {"version": version, "checkpoint_id": checkpoint_id, **header}, content
