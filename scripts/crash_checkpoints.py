@@ -29,7 +29,7 @@ sys.path[:0] = [str(evidence.ROOT / "tests"), str(evidence.ROOT)]
 import checkpoint_crashes  # noqa: E402
 
 RESULTS = evidence.ROOT / "benchmarks/results/crash.json"
-DISK_BYTES = 4 << 20
+DISK_BYTES = 6 << 20
 SPARED = 300_000  # bytes that the filler leaves, at most: the largest checkpoint takes 250,000
 SHOWN = 10
 
@@ -85,7 +85,7 @@ def run_full_disk(options: argparse.Namespace, told: Callable[[int], None]) -> d
 
         (disk / "root").mkdir()
         campaign = checkpoint_crashes.Campaign(
-            disk / "root", seed=options.seed, fill=fill, make_room=lambda: filler.unlink(missing_ok=True)
+            disk / "root", seed=options.seed, longest=0.08, fill=fill, make_room=lambda: filler.unlink(missing_ok=True)
         )
         return campaign.run(options.kills, told).record() | {"file_system": f"tmpfs of {DISK_BYTES >> 20} MiB"}
 

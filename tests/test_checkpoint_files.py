@@ -220,7 +220,7 @@ def _die_while_saving(root, ready):
 def test_the_dead_are_cleaned_up_and_the_living_left_alone(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    child = context.Process(target=_die_while_saving, args=(tmp_path, ready))
+    child = context.Process(target=_die_while_saving, args=(tmp_path, ready), daemon=True)
     child.start()
     assert ready.wait(30)
     with files.new_directory(tmp_path, "mine"):

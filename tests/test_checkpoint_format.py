@@ -255,6 +255,8 @@ def deep(levels):
         (nn.Linear(1, 1), TypeError, "type Linear"),
         ({(torch.ones(1),): 1}, TypeError, r"a key of v\.x is of type Tensor"),
         ({b"k": 1}, TypeError, r"a key of v\.x is of type bytes"),
+        ({math.nan: 1}, ValueError, r"a key of v\.x is NaN"),
+        ({(1, (math.nan,)): 1}, ValueError, r"a key of v\.x is NaN"),
         (torch.ones(2).to_sparse(), TypeError, r"v\.x is a tensor of the kind sparse_coo float32"),
         (torch.empty(2, device="meta"), TypeError, r"v\.x is a tensor of the kind meta"),
         (torch.ones(2, dtype=torch.complex128), TypeError, "kind complex128"),

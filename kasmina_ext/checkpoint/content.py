@@ -104,6 +104,8 @@ def _encode_key(key: Any, path: str, depth: int) -> JSON:
         if depth > MAX_DEPTH:
             raise ValueError(f"a key of {path} is nested more than {MAX_DEPTH} deep")
         return {"$tuple": [_encode_key(part, path, depth + 1) for part in key]}
+    if key != key:
+        raise ValueError(f"a key of {path} is NaN, which equals nothing")
     return _encode_scalar(key, f"a key of {path}")
 
 
@@ -162,7 +164,9 @@ class Decoder:
 
 
 def _is_key(key: Any) -> bool:
-    return all(map(_is_key, key)) if isinstance(key, tuple) else not isinstance(key, (list, dict, Tensor))
+    if isinstance(key, tuple):
+        return all(map(_is_key, key))
+    return not isinstance(key, (list, dict, Tensor)) and key == key
 
 
 # ---- text ----------------------------------------------------------------------------------------
