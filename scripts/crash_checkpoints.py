@@ -1,8 +1,9 @@
 """Kills processes while they save checkpoints; counts what was lost, which must be nothing, and keeps the count.
 
 Three campaigns: one process that is killed (kill -9) at 1,000 random instants; two that share a directory, killed in
-turns; and one on a disk that is full now and then, killed besides. After every kill all listed checkpoints and the last acknowledged one must load with the
-content that was saved. The result is written to benchmarks/results/crash.json, one entry a campaign.
+turns; and one on a disk that is full now and then, killed besides. After every kill all listed checkpoints and the
+last acknowledged one must load with the content that was saved. The result is written to
+benchmarks/results/crash.json, one entry a campaign.
 """
 
 from __future__ import annotations

@@ -81,6 +81,8 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if "$tensor" in value:
         return tensors[value["$tensor"]]
+    if "$complex" in value:
+        return torch.view_as_complex(tensors[value["$complex"]])
     if "$tuple" in value:
         return tuple(_plain(item, tensors) for item in value["$tuple"])
     if "$float" in value:

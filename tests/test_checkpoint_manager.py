@@ -40,9 +40,15 @@ def ids(entries):
 # ---- saving and restoring ------------------------------------------------------------------------
 
 
-def test_a_new_manager_makes_its_directory(tmp_path):
+def test_the_first_save_makes_the_directory(tmp_path):
     path = tmp_path / "a/b"
-    assert CheckpointManager(str(path), 7).checkpoint_dir == path
+    checkpoints = CheckpointManager(str(path), 7)
+    assert checkpoints.checkpoint_dir == path
+    assert checkpoints.list_checkpoints() == [] and checkpoints.get_latest_checkpoint("a", 0) is None
+    with pytest.raises(CheckpointNotFound):
+        checkpoints.load_layer("latest")
+    assert not (tmp_path / "a").exists()
+    checkpoints.save_checkpoint("a", 0, {})
     assert path.is_dir()
     assert CheckpointManager(path).max_checkpoints_per_seed == 5
     for wrong in (0, -1):
