@@ -1,6 +1,8 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
 from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext.checkpoint import CheckpointError, CheckpointManager, CheckpointRecovery
+from kasmina_ext.checkpoint.state_dict import load_state_dict
 from kasmina_ext.chunking import ChunkManager
 from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
@@ -31,6 +33,9 @@ from kasmina_ext.telemetry import potential
 __all__ = [
     "GRAFTING_STRATEGIES",
     "AlphaSchedule",
+    "CheckpointError",
+    "CheckpointManager",
+    "CheckpointRecovery",
     "ChunkManager",
     "ExtendedLifecycle",
     "ExtendedStateTensor",
@@ -54,6 +59,7 @@ __all__ = [
     "default_policy",
     "explain_verdicts",
     "flags",
+    "load_state_dict",
     "ops",
     "param_groups",
     "potential",

@@ -15,6 +15,7 @@ import torch
 
 import kasmina_ext
 from kasmina_ext import _native, flags
+from kasmina_ext.checkpoint import cli
 
 
 def collect() -> dict[str, Any]:
@@ -182,10 +183,11 @@ def environment_command(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Without a command: the environment report."""
+    """Without a tool: the environment report."""
     parser = argparse.ArgumentParser(prog="python -m kasmina_ext", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.set_defaults(run=environment_command)
+    cli.add_to(parser.add_subparsers(title="tools", metavar="tool"))
     return parser
 
 

@@ -75,7 +75,7 @@ class BlueprintBank:
         self.check_own_bank()
         with torch.no_grad():
             bank = self.blueprint_weights
-            bank.copy_(torch.where(mask, values.to(bank.dtype), bank))
+            bank.copy_(torch.where(_placed(mask, bank), _placed(values.to(bank.dtype), bank), bank))
 
     def check_own_bank(self) -> None:
         """RuntimeError where the bank is computed (parametrized, pruned) and so cannot be written."""
@@ -149,6 +149,15 @@ class BlueprintBank:
         )
 
 
+def _placed(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor``, the same in every process, sharded as ``model`` is; itself where that is an ordinary tensor."""
+    if not hasattr(model, "placements"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # not there in every build of torch
+
+    return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
+
+
 def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
     """The tensors of this shape in what an optimizer remembers of a parameter."""
     if isinstance(remembered, Tensor):
@@ -161,9 +170,4 @@ def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
     """Where ``mask``, a whole one also for a tensor that is spread over ranks."""
-    mask = mask.to(tensor.device)
-    if hasattr(tensor, "placements"):
-        from torch.distributed.tensor import distribute_tensor  # not in every build of torch
-
-        mask = distribute_tensor(mask, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.detach().masked_fill_(mask, 0)
+    tensor.detach().masked_fill_(_placed(mask.to(tensor.device), tensor), 0)

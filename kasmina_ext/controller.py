@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -273,10 +273,10 @@ class GrowthController:
         their way are written first. Copies on the CPU, safe for ``torch.load(weights_only=True)``. Waits for the device.
         """
         self._log.poll(wait=True)
+        return self._state(lambda tensor: tensor.detach().to("cpu", copy=True))
 
-        def kept(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
+    def _state(self, kept: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """:meth:`state_dict` of tensors as ``kept`` makes them; does not wait for the device itself."""
         since = self._watched_since()
         watched = [torch.zeros_like(seen) if at is None else at for seen, at in zip(self._watched, since, strict=True)]
         return {
@@ -286,11 +286,11 @@ class GrowthController:
             "budget": self._budget,
             "steps": self.steps,
             "ticks": self.ticks,
-            "lives": kept([self._lives])[0],
-            "losses": kept([self._losses])[0],
-            "watched": kept(watched),
-            "reconstruction": None if self._reconstruction is None else kept(self._reconstruction),
-            "snapshots": [kept(blueprints.snapshots) for blueprints in self._blueprints],
+            "lives": kept(self._lives),
+            "losses": kept(self._losses),
+            "watched": [kept(tensor) for tensor in watched],
+            "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
+            "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
         }
 
     def _sizes(self) -> dict[str, int]:
@@ -302,6 +302,20 @@ class GrowthController:
         Layers and optimizer are loaded on their own. ValueError, and nothing changed, for a state
         of other layers or another format, or one that is damaged.
         """
+        taken = self._taken_from(state)
+        self._budget, self.steps, self.ticks = taken["budget"], taken["steps"], taken["ticks"]
+        self._lives, self._losses, self._watched = taken["lives"], taken["losses"], taken["watched"]
+        self._reconstruction = taken["reconstruction"]
+        self._resets = [layer.telemetry_resets for layer in self.layers]
+        for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
+            blueprints.snapshots = of_layer
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
+        self._taken_from(state)
+
+    def _taken_from(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Its entries, checked, their tensors copied to where they belong."""
         if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
             raise ValueError(f"this is no controller's state of format {_FORMAT}")
         missing = _ENTRIES - state.keys()
@@ -311,21 +325,17 @@ class GrowthController:
             raise ValueError(f"the state is of layers {state['layers']}, the controller drives {self._sizes()}")
         home, devices = [self._layout.device], [layer.device for layer in self.layers]
         per_layer = [torch.empty(layer.num_seeds, dtype=torch.float64, device="meta") for layer in self.layers]
-        # All of it is checked before anything is written.
-        budget = checked_budget(state["budget"])
-        steps, ticks = (at_least(name, state[name], 0) for name in ("steps", "ticks"))
-        [lives] = _moved("lives", [state["lives"]], [self._lives], home)
-        [losses] = _moved("losses", [state["losses"]], [self._losses], home)
-        watched = _moved("watched", state["watched"], self._watched, devices)
-        given = state["reconstruction"]
-        reconstruction = None if given is None else _moved("reconstruction", given, per_layer, devices)
-        of_layers = _as_many("snapshots", state["snapshots"], self.layers)
-        snapshots = [_moved_snapshots(each, layer) for each, layer in zip(of_layers, self.layers, strict=True)]
-        self._budget, self.steps, self.ticks = budget, steps, ticks
-        self._lives, self._losses, self._watched, self._reconstruction = lives, losses, watched, reconstruction
-        self._resets = [layer.telemetry_resets for layer in self.layers]
-        for blueprints, of_layer in zip(self._blueprints, snapshots, strict=True):
-            blueprints.snapshots = of_layer
+        given, of_layers = state["reconstruction"], _as_many("snapshots", state["snapshots"], self.layers)
+        return {
+            "budget": checked_budget(state["budget"]),
+            "steps": at_least("steps", state["steps"], 0),
+            "ticks": at_least("ticks", state["ticks"], 0),
+            "lives": _moved("lives", [state["lives"]], [self._lives], home)[0],
+            "losses": _moved("losses", [state["losses"]], [self._losses], home)[0],
+            "watched": _moved("watched", state["watched"], self._watched, devices),
+            "reconstruction": None if given is None else _moved("reconstruction", given, per_layer, devices),
+            "snapshots": [_moved_snapshots(each, layer) for each, layer in zip(of_layers, self.layers, strict=True)],
+        }
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 

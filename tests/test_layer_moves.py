@@ -244,7 +244,7 @@ def test_attributes_come_from_the_base_layer():
     assert layer.extra_repr() != layer.base_layer.extra_repr()
     with pytest.raises(AttributeError, match="'KasminaLayer' object has no attribute 'colour'"):
         layer.colour  # noqa: B018
-    assert not hasattr(layer, "checkpoint_manager") and not hasattr(layer, "_private")
+    assert layer.checkpoint_manager is None and not hasattr(layer, "_private")
 
 
 def test_private_names_are_not_the_base_layers():
