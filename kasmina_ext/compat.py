@@ -222,8 +222,12 @@ class TritonKasminaLayer(_SmallLayer):
         """In the old layer the last forward's telemetry was three buffers; they become what :meth:`get_telemetry` shows."""
         unwrap_keys(self, state_dict, prefix)
         sums = [state_dict.pop(prefix + name, None) for name in _OLD_TELEMETRY]
+        errors = args[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(isinstance(value, Tensor) and value.shape == (self.num_seeds,) for value in sums):
+        if len(errors) == before and all(
+            isinstance(value, Tensor) and value.shape == (self.num_seeds,) for value in sums
+        ):
             self._seen = _from_sums(*(value.detach().double() for value in sums))
 
     def set_seed_state(

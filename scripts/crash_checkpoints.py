@@ -1,8 +1,9 @@
 """Kills processes while they save checkpoints; counts what was lost, which must be nothing, and keeps the count.
 
 Three campaigns: one process that is killed (kill -9) at 1,000 random instants; two that share a directory, killed in
-turns; and one on a disk that is full now and then, killed besides. After every kill all listed checkpoints and the last acknowledged one must load with the
-content that was saved. The result is written to benchmarks/results/crash.json, one entry a campaign.
+turns; and one on a disk that is full now and then, killed besides. After every kill all listed checkpoints and the
+last acknowledged one must load with the content that was saved. The result is written to
+benchmarks/results/crash.json, one entry a campaign.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ sys.path[:0] = [str(evidence.ROOT / "tests"), str(evidence.ROOT)]
 import checkpoint_crashes  # noqa: E402
 
 RESULTS = evidence.ROOT / "benchmarks/results/crash.json"
-DISK_BYTES = 4 << 20
+DISK_BYTES = 6 << 20
 SPARED = 300_000  # bytes that the filler leaves, at most: the largest checkpoint takes 250,000
 SHOWN = 10
 
@@ -85,7 +86,7 @@ def run_full_disk(options: argparse.Namespace, told: Callable[[int], None]) -> d
 
         (disk / "root").mkdir()
         campaign = checkpoint_crashes.Campaign(
-            disk / "root", seed=options.seed, fill=fill, make_room=lambda: filler.unlink(missing_ok=True)
+            disk / "root", seed=options.seed, longest=0.08, fill=fill, make_room=lambda: filler.unlink(missing_ok=True)
         )
         return campaign.run(options.kills, told).record() | {"file_system": f"tmpfs of {DISK_BYTES >> 20} MiB"}
 

@@ -49,7 +49,7 @@ def same(a: Any, b: Any) -> bool:
             return False
         return a.numel() == 0 or torch.equal(_bits(a), _bits(b))
     if isinstance(a, dict):
-        return list(a) == list(b) and all(map(same, a, b)) and all(same(a[key], b[key]) for key in a)
+        return len(a) == len(b) and all(map(same, a.items(), b.items()))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, float):
@@ -81,6 +81,8 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
         return value
     if "$tensor" in value:
         return tensors[value["$tensor"]]
+    if "$complex" in value:
+        return torch.view_as_complex(tensors[value["$complex"]])
     if "$tuple" in value:
         return tuple(_plain(item, tensors) for item in value["$tuple"])
     if "$float" in value:

@@ -22,10 +22,20 @@ import torch
 
 from kasmina_ext.checkpoint import CheckpointError, CheckpointManager, CheckpointRecovery, CheckpointSaveError
 
-KEEP = 4
+KEEP = 6
 SHARED = 0
 LAST_WRITER_SEED = 1_000
+SAVES_IN_A_LIFE = 8
 _FULL = "full"
+COUNTED = (
+    "kills",
+    "acknowledged_saves",
+    "saves_refused_by_a_full_disk",
+    "listed_checkpoints_loaded",
+    "last_acknowledged_loaded",
+    "last_acknowledged_retired",
+    "problems",
+)
 
 
 def content_of(writer: int, number: int) -> dict[str, Any]:
@@ -81,6 +91,15 @@ def save_for_ever(root: Path, writer: int, first: int, pipe: int, fill: Callable
             number += 1
 
 
+def seconds_of_a_save(root: Path) -> float:
+    """Measured in a line of its own, with what retention costs."""
+    manager, count = CheckpointManager(root, 1), 4
+    started = time.monotonic()
+    for number in range(count):
+        manager.save_checkpoint("measured", 0, **content_of(0, number))
+    return (time.monotonic() - started) / count
+
+
 # ---- killing and checking ------------------------------------------------------------------------
 
 
@@ -91,7 +110,7 @@ class Campaign:
     root: Path
     writers: int = 1
     seed: int = 0
-    longest: float = 0.08  # seconds that a writer may live
+    longest: float = 0.0  # seconds that a writer may live; 0: as long as several saves take here
     fill: Callable[[random.Random], None] | None = None
     make_room: Callable[[], None] = lambda: None
     counts: Counter[str] = field(default_factory=Counter)
@@ -101,6 +120,7 @@ class Campaign:
 
     def run(self, kills: int, told: Callable[[int], None] | None = None) -> Campaign:
         generator = random.Random(self.seed)
+        self.longest = self.longest or SAVES_IN_A_LIFE * seconds_of_a_save(self.root)
         self._acknowledged: dict[int, list[str]] = {}
         self._untold: dict[int, set[str]] = {}
         alive: dict[int, tuple[int, int, float]] = {}  # writer -> pid, pipe, when to kill
@@ -172,8 +192,12 @@ class Campaign:
             self._complain(f"lost: {name}, listed are {listed}")
         for name in listed:
             self._loads(manager, name, must_exist=True)
-        if acknowledged:
+        if acknowledged and acknowledged[-1] not in newest:
+            # Killed again and again after publishing and before telling: newer ones took all places.
+            self.counts["last_acknowledged_retired"] += 1
+        elif acknowledged:
             self.counts["last_acknowledged_loaded"] += self._loads(manager, acknowledged[-1], must_exist=True)
+        if acknowledged:
             found = CheckpointRecovery(manager).recover_seed_state("layer", seed)
             if found is None or not is_right(found) or found["checkpoint_id"] != newest[-1]:
                 self._complain(f"writer {writer} had {newest[-1]}, recovery finds {found and found['checkpoint_id']}")
@@ -221,8 +245,8 @@ class Campaign:
         self.problems.append(problem)
 
     def record(self) -> dict[str, Any]:
-        names = ("kills", "acknowledged_saves", "saves_refused_by_a_full_disk", "listed_checkpoints_loaded")
-        result: dict[str, Any] = {name: self.counts[name] for name in (*names, "last_acknowledged_loaded", "problems")}
+        result: dict[str, Any] = {name: self.counts[name] for name in COUNTED}
+        result["longest_life_ms"] = round(1e3 * self.longest)
         if self.left:
             result["killed_saves_had_left"] = dict(self.left.most_common())
         if self.full_at:

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from checkpoint_cases import tree_of
+from checkpoint_cases import HEADER, tree_of
 from test_checkpoint_legacy import NAME, write_old
 
 from kasmina_ext import __main__ as program
-from kasmina_ext.checkpoint import CheckpointManager, cli
+from kasmina_ext.checkpoint import CheckpointManager, cli, format
 
 
 @pytest.fixture
@@ -248,11 +248,25 @@ def test_convert(capsys, tmp_path, root):
     assert names(new) == [NAME]
     assert run(capsys, "verify", new)[0] == 0
     code, out, _ = run(capsys, "convert", old / NAME, new)
+    assert code == 0 and f"already there: {NAME}" in out
+    assert "0 converted, 1 already there, 0 left alone, 0 failed" in out
+    CheckpointManager(new).delete_checkpoint(NAME)
+    format.write(new, NAME, HEADER, {"other": 1})
+    code, out, _ = run(capsys, "convert", old / NAME, new)
     assert code == 1 and "File exists" in out and "0 converted, 0 left alone, 1 failed" in out
     code, out, _ = run(capsys, "convert", old / NAME, tmp_path / "other")
     assert code == 0 and f"converted: {NAME}" in out
     code, _, err = run(capsys, "convert", old, old)
     assert code == 1 and "give another directory" in err
+
+
+def test_json_of_what_json_lacks(capsys, tmp_path):
+    manager = CheckpointManager(tmp_path)
+    name = manager.save_layer("net", "t", {"x": float("nan")}, summary={"x": float("nan"), "y": {(1, 2): 3}})
+    for command in (("list", tmp_path), ("show", tmp_path / name)):
+        code, found = run_json(capsys, *command)
+        summary = found["checkpoints"][0]["summary"] if "checkpoints" in found else found["summary"]
+        assert code == 0 and summary == {"x": "nan", "y": {"(1, 2)": 3}}
 
 
 # ---- prune ---------------------------------------------------------------------------------------

@@ -1,18 +1,25 @@
-"""Death at every system call of a save, at random instants, and on a full disk; scripts/crash_checkpoints.py does it at length."""
+"""Death at every system call of a save and at random instants, full disks, and crowds in one directory.
+
+scripts/crash_checkpoints.py does the first at length.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
+import multiprocessing
 import os
+import queue
 import random
 import shutil
+import threading
 
 import pytest
 import torch
 from checkpoint_cases import FailingSystem, tree_of
 from checkpoint_crashes import KEEP, Campaign, content_of, is_right
 
-from kasmina_ext.checkpoint import CheckpointManager, CheckpointSaveError, files
+from kasmina_ext.checkpoint import CheckpointManager, CheckpointRecovery, CheckpointSaveError, files
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +116,60 @@ def test_a_disk_that_is_full_now_and_then(tmp_path, monkeypatch):
     assert 10 < refused < 35
     manager.save_checkpoint("layer", 8, {})
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# ---- many at once --------------------------------------------------------------------------------
+
+
+def listed(entries):
+    return [entry["checkpoint_id"] for entry in entries]
+
+
+def save_many(root, keep, worker, count, answer):
+    """Saves in a line of its own and in one that all share; tells the identifiers, and what went wrong."""
+    checkpoints, names = CheckpointManager(root, keep), []
+    try:
+        for i in range(count):
+            own = checkpoints.save_checkpoint("own", worker, {"worker": worker, "i": i}, {"w": torch.full((5,), i)})
+            shared = checkpoints.save_checkpoint("shared", 0, {"worker": worker, "i": i})
+            names += [own, shared]
+            checkpoints.prune()
+            found = CheckpointRecovery(checkpoints).recover_seed_state("shared", 0)
+            assert found is not None
+            assert checkpoints.get_latest_checkpoint("own", worker) == own
+    except BaseException as error:
+        answer.put((worker, names, repr(error)))
+    else:
+        answer.put((worker, names, ""))
+
+
+@pytest.mark.parametrize(
+    ("workers", "count", "processes"), [(32, 2, False), (4, 6, True)], ids=["32 threads", "4 processes"]
+)
+def test_many_in_one_directory(tmp_path, caplog, workers, count, processes):
+    caplog.set_level(logging.ERROR, logger="kasmina_ext.checkpoint")
+    context = multiprocessing.get_context("fork") if processes else None
+    answer = context.Queue() if processes else queue.Queue()
+    kind = context.Process if processes else threading.Thread
+    keep = 3
+    crowd = [
+        kind(target=save_many, args=(tmp_path, keep, worker, count, answer), daemon=True) for worker in range(workers)
+    ]
+    for member in crowd:
+        member.start()
+    answers = [answer.get(timeout=60) for _ in crowd]
+    for member in crowd:
+        member.join()
+    assert [error for _, _, error in answers if error] == []
+    everything = [name for _, names, _ in answers for name in names]
+    assert len(set(everything)) == len(everything) == 2 * workers * count
+    checkpoints = CheckpointManager(tmp_path, keep)
+    for worker, names, _ in answers:
+        own = [name for name in names if name.startswith("own_")]
+        assert listed(checkpoints.list_checkpoints("own", worker)) == own[::-1][:keep]
+        assert checkpoints.restore_checkpoint(own[-1])["state_data"] == {"worker": worker, "i": count - 1}
+    shared = sorted((name for name in everything if name.startswith("shared_")), key=lambda name: name.split("_")[2:])
+    assert listed(checkpoints.list_checkpoints("shared")) == shared[::-1][:keep]
+    for entry in checkpoints.list_checkpoints(limit=None):
+        checkpoints.verify(entry["checkpoint_id"])
+    assert all(not path.name.startswith(".") for path in tmp_path.iterdir())

@@ -220,7 +220,7 @@ def _die_while_saving(root, ready):
 def test_the_dead_are_cleaned_up_and_the_living_left_alone(tmp_path):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
-    child = context.Process(target=_die_while_saving, args=(tmp_path, ready))
+    child = context.Process(target=_die_while_saving, args=(tmp_path, ready), daemon=True)
     child.start()
     assert ready.wait(30)
     with files.new_directory(tmp_path, "mine"):
@@ -280,6 +280,8 @@ def test_without_locks_nothing_is_cleaned_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", no_locks)
     files.clean(tmp_path)
+    with pytest.raises(CheckpointSaveError):
+        save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".saving-0123456789abcdef"]
 
 
@@ -351,6 +353,9 @@ def test_removing_on_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "os", system)
     assert files.remove_directory(tmp_path, "one")
     assert set(system.calls) <= {"rename"}
+    save(tmp_path, "two")
+    assert files.remove_directory(tmp_path, "two", durable=True)
+    assert system.calls[-1] == "fsync"
 
 
 def test_removing_a_link_leaves_what_it_points_to(tmp_path):
@@ -461,9 +466,10 @@ def test_a_file_whose_size_changes_while_it_is_read(tmp_path, change):
             file.expect_end()
 
 
-def test_a_bad_sector_is_damage_and_want_of_descriptors_is_not(tmp_path, monkeypatch):
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch):
     save(tmp_path)
-    for code, error in ((errno.EIO, CheckpointDamaged), (errno.EACCES, CheckpointDamaged), (errno.EMFILE, OSError)):
+    refused = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE)
+    for code, error in ((errno.EINVAL, CheckpointDamaged), *((code, OSError) for code in refused)):
 
         def fail(*_, code=code, **__):
             raise OSError(code, os.strerror(code))

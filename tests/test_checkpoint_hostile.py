@@ -203,7 +203,8 @@ def test_text_that_is_no_metadata(path, text, message):
         ({"state_data": {"$float": "1.0"}}, "'\\$float'"),
         ({"state_data": {"$float": ["nan"]}}, "'\\$float'"),
         ({"state_data": {"$dict": [[1, 2], [1, 3]]}}, "has a key twice"),
-        ({"state_data": {"$dict": [[1, 2], [{"$float": "nan"}, 3], [True, 3]]}}, "has a key twice"),
+        ({"state_data": {"$dict": [[1, 2], [{"$float": "inf"}, 3], [True, 3]]}}, "has a key twice"),
+        ({"state_data": {"$dict": [[{"$float": "nan"}, 2]]}}, "one that is none"),
         ({"state_data": {"$dict": [[[], 2]]}}, "one that is none"),
         ({"state_data": {"$dict": [[{"$tuple": [[]]}, 2]]}}, "one that is none"),
         ({"state_data": {"$dict": [[1]]}}, "is not a list of pairs"),
@@ -432,10 +433,10 @@ def test_recovery_passes_over_damage_of_every_kind(tmp_path):
 # ---- a full disk, really -------------------------------------------------------------------------
 
 
-def save_too_much(root, kept, answer):
+def save_too_much(root, blueprint, answer):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     try:
-        CheckpointManager(root).save_checkpoint("layer", 1, {"i": 1}, {"w": torch.ones(100_000)})
+        CheckpointManager(root).save_checkpoint("layer", 1, {"i": 1}, blueprint)
     except CheckpointSaveError as error:
         answer.put((error.errno, Path(error.filename).name, str(error)))
 
@@ -446,7 +447,7 @@ def test_a_limit_of_the_system_on_files(tmp_path):
     kept = manager.save_checkpoint("layer", 1, {"i": 0}, {"w": torch.ones(100)})
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
-    child = context.Process(target=save_too_much, args=(tmp_path, kept, answer))
+    child = context.Process(target=save_too_much, args=(tmp_path, {"w": torch.ones(100_000)}, answer), daemon=True)
     child.start()
     code, file, message = answer.get(timeout=30)
     child.join()

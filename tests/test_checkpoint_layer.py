@@ -21,9 +21,11 @@ def seeds(layer: KasminaLayer) -> dict[str, Tensor]:
     return {name: t for name, t in tensors(layer).items() if not name.startswith("base_layer.")}
 
 
-def assert_seeds(layer: KasminaLayer, expected: dict[str, Tensor]) -> None:
+def assert_seeds(
+    layer: KasminaLayer, expected: dict[str, Tensor], without: frozenset[str] | set[str] = frozenset()
+) -> None:
     now = seeds(layer)
-    assert now.keys() == expected.keys()
+    assert now.keys() - without == expected.keys()
     for name, tensor in expected.items():
         assert now[name].dtype == tensor.dtype, name
         ours, theirs = (t.contiguous().cpu().flatten().view(torch.uint8) for t in (now[name], tensor))
@@ -81,8 +83,10 @@ def test_a_bank_goes_into_another_dtype(device, tmp_path, source, target):
     expected = seeds(layer)
     other = empty().to(device, target)
     other.load_checkpoint(checkpoint_dir=tmp_path)
-    expected["blueprint_weights"] = expected["blueprint_weights"].to(target)
-    assert_seeds(other, expected)
+    bank = expected.pop("blueprint_weights").to(target)
+    # Not bit by bit: a device may cast a NaN to one of another payload.
+    torch.testing.assert_close(other.blueprint_weights.detach().cpu(), bank, rtol=0, atol=0, equal_nan=True)
+    assert_seeds(other, expected, without={"blueprint_weights"})
 
 
 def test_parameters_stay_and_versions_move(tmp_path):

@@ -396,8 +396,30 @@ def test_converting(tmp_path):
     found, expected = (CheckpointManager(root).restore_checkpoint(NAME) for root in (new, old))
     assert found.pop("version") == 3 and expected.pop("version") == 2
     assert same(found, expected)
+    before = tree_of(new)
+    assert not legacy.convert(old, NAME, new)  # the very same is there
+    shutil.rmtree(old)
+    write_old(old, tensors={**blueprint(), "count": torch.tensor(6)}, priority="critical")
     with pytest.raises(OSError, match="File exists"):
         legacy.convert(old, NAME, new)
+    assert tree_of(new) == before
+
+
+def test_a_check_sees_what_the_manifest_promises(tmp_path):
+    path = write_old(tmp_path, tensors=blueprint())
+    seen = []
+    with OpenDirectory(tmp_path, NAME) as directory:
+        legacy.read(directory, check=lambda *told: seen.append(told))
+    [(header, preview)] = seen
+    assert header["layer_id"] == "layer1" and preview["state_data"]["blueprint_id"] == 42
+    found = {key: (t.is_meta, t.dtype, t.shape) for key, t in preview["blueprint_state"].items()}
+    assert found == {key: (True, t.dtype, t.shape) for key, t in blueprint().items()}
+    manifest = json.loads((path / "tensor_manifest.json").read_text())
+    for wrong in ({"dtype": "torch.load"}, {"shape": "x"}, {"shape": [-1]}, {"shape": [2**70]}, {"shape": [True]}):
+        changed = {**manifest, "count": {**manifest["count"], **wrong}}
+        (path / "tensor_manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(CheckpointDamaged), OpenDirectory(tmp_path, NAME) as directory:
+            legacy.read(directory, check=lambda *_: None)
 
 
 def test_converting_damage_writes_nothing(tmp_path):

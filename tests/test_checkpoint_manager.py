@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
-import multiprocessing
 import pickle
-import queue
-import random
 import re
 import shutil
-import threading
 import time
 from copy import deepcopy
 
@@ -20,7 +15,7 @@ import torch
 from checkpoint_cases import FailingSystem, same, small_content, tree_of
 from test_checkpoint_files import BAD_IDS
 
-from kasmina_ext.checkpoint import CheckpointManager, CheckpointRecovery, files, manager, retention
+from kasmina_ext.checkpoint import CheckpointManager, CheckpointRecovery, files, manager
 from kasmina_ext.checkpoint.errors import (
     CheckpointDamaged,
     CheckpointError,
@@ -45,9 +40,15 @@ def ids(entries):
 # ---- saving and restoring ------------------------------------------------------------------------
 
 
-def test_a_new_manager_makes_its_directory(tmp_path):
+def test_the_first_save_makes_the_directory(tmp_path):
     path = tmp_path / "a/b"
-    assert CheckpointManager(str(path), 7).checkpoint_dir == path
+    checkpoints = CheckpointManager(str(path), 7)
+    assert checkpoints.checkpoint_dir == path
+    assert checkpoints.list_checkpoints() == [] and checkpoints.get_latest_checkpoint("a", 0) is None
+    with pytest.raises(CheckpointNotFound):
+        checkpoints.load_layer("latest")
+    assert not (tmp_path / "a").exists()
+    checkpoints.save_checkpoint("a", 0, {})
     assert path.is_dir()
     assert CheckpointManager(path).max_checkpoints_per_seed == 5
     for wrong in (0, -1):
@@ -312,97 +313,6 @@ def test_archiving(checkpoints):
     assert checkpoints.delete_checkpoint(name) is False
 
 
-# ---- retention -----------------------------------------------------------------------------------
-
-RANK = {"low": 0, "normal": 1, "high": 2, "critical": 3}
-
-
-def survivors(saved, keep):
-    """The rule as section 10 has it: while there are too many, the oldest of the lowest priority goes; critical never."""
-    kept = list(saved)
-    while len(kept) > keep and any(priority != "critical" for _, priority in kept):
-        lowest = min(RANK[priority] for _, priority in kept if priority != "critical")
-        kept.remove(next(one for one in kept if RANK[one[1]] == lowest))
-    return kept
-
-
-def test_of_one_priority_the_oldest_goes_first(checkpoints):
-    names = [checkpoints.save_checkpoint("layer", 0, {"i": i}) for i in range(7)]
-    assert ids(checkpoints.list_checkpoints()) == names[:3:-1]
-    assert tree_of(checkpoints.checkpoint_dir).keys() >= set(names[4:])
-    assert len(list(checkpoints.checkpoint_dir.iterdir())) == 3
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_retention_against_the_rule(tmp_path, seed):
-    generator = random.Random(seed)
-    keep = generator.choice([1, 2, 4])
-    checkpoints = CheckpointManager(tmp_path, keep)
-    saved = []
-    for _ in range(14):
-        priority = generator.choice(["low", "normal", "normal", "high", "critical"])
-        saved = survivors([*saved, (checkpoints.save_checkpoint("layer", 0, {}, priority=priority), priority)], keep)
-        assert ids(checkpoints.list_checkpoints()) == [name for name, _ in reversed(saved)]
-
-
-def test_the_rule_on_many_orders():
-    generator = random.Random(0)
-    for _ in range(2000):
-        saved = [(str(k), generator.choice(list(RANK))) for k in range(generator.randrange(9))]
-        entries = [
-            {"kind": "seed", "layer_id": "a", "seed_id": 0, "timestamp": k, "checkpoint_id": name, "priority": priority}
-            for k, (name, priority) in enumerate(saved)
-        ]
-        keep = generator.randrange(1, 6)
-        gone = {entry["checkpoint_id"] for entry in retention.in_excess(generator.sample(entries, len(entries)), keep)}
-        assert [one for one in saved if one[0] not in gone] == survivors(saved, keep)
-
-
-def test_a_save_that_goes_at_once_is_logged(checkpoints, caplog):
-    for _ in range(3):
-        checkpoints.save_checkpoint("layer", 0, {}, priority="high")
-    name = checkpoints.save_checkpoint("layer", 0, {}, priority="low")
-    assert f"checkpoint {name} (low) was removed at once: 3 of higher priority" in caplog.text
-    assert len(checkpoints.list_checkpoints()) == 3
-
-
-def test_seeds_layers_and_tags_are_counted_apart(checkpoints):
-    for _ in range(4):
-        for layer in ("a", "b"):
-            for seed in (1, 2):
-                checkpoints.save_checkpoint(layer, seed, {})
-            checkpoints.save_layer(layer, "1", {})
-            checkpoints.save_layer(layer, "best", {})
-    found = checkpoints.list_checkpoints()
-    groups = [(entry["layer_id"], entry["kind"], entry["seed_id"], entry["tag"]) for entry in found]
-    assert len(found) == 24
-    assert all(groups.count(group) == 3 for group in groups)
-
-
-def test_pruning_on_demand(checkpoints):
-    for seed in (1, 2):
-        for priority in ("low", "normal", "high"):
-            checkpoints.save_checkpoint("layer", seed, {"p": priority}, priority=priority)
-    (checkpoints.checkpoint_dir / ".removed-0123456789abcdef").mkdir()
-    removed = checkpoints.prune(keep=1)
-    assert len(removed) == 4
-    assert [entry["priority"] for entry in checkpoints.list_checkpoints()] == ["high", "high"]
-    assert len(list(checkpoints.checkpoint_dir.iterdir())) == 2
-    assert checkpoints.prune() == []
-    with pytest.raises(ValueError, match="keep must be at least 1"):
-        checkpoints.prune(keep=0)
-
-
-def test_what_cannot_be_removed_does_not_fail_a_save(checkpoints, monkeypatch, caplog):
-    def refuse(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(manager, "remove_directory", refuse)
-    names = [checkpoints.save_checkpoint("layer", 0, {}) for _ in range(4)]
-    assert ids(checkpoints.list_checkpoints()) == names[::-1]
-    assert f"checkpoint {names[0]} cannot be removed" in caplog.text
-
-
 # ---- whole layers --------------------------------------------------------------------------------
 
 
@@ -520,57 +430,3 @@ def test_recovery_while_another_prunes(checkpoints, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "restore_checkpoint", restore)
     assert CheckpointRecovery(checkpoints).recover_seed_state("layer", 0)["state_data"] == {"i": 5}
-
-
-# ---- many at once --------------------------------------------------------------------------------
-
-
-def save_many(root, keep, worker, count, answer):
-    """Saves in a line of its own and in one that all share; tells the identifiers, and what went wrong."""
-    checkpoints, names = CheckpointManager(root, keep), []
-    try:
-        for i in range(count):
-            own = checkpoints.save_checkpoint("own", worker, {"worker": worker, "i": i}, {"w": torch.full((5,), i)})
-            shared = checkpoints.save_checkpoint("shared", 0, {"worker": worker, "i": i})
-            names += [own, shared]
-            checkpoints.prune()
-            found = CheckpointRecovery(checkpoints).recover_seed_state("shared", 0)
-            assert found is not None
-            assert checkpoints.get_latest_checkpoint("own", worker) == own
-    except BaseException as error:
-        answer.put((worker, names, repr(error)))
-    else:
-        answer.put((worker, names, ""))
-
-
-@pytest.mark.parametrize(
-    ("workers", "count", "processes"), [(32, 2, False), (4, 6, True)], ids=["32 threads", "4 processes"]
-)
-def test_many_in_one_directory(tmp_path, caplog, workers, count, processes):
-    caplog.set_level(logging.ERROR, logger="kasmina_ext.checkpoint")
-    context = multiprocessing.get_context("fork") if processes else None
-    answer = context.Queue() if processes else queue.Queue()
-    kind = context.Process if processes else threading.Thread
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process must not wait for this one's threads
-    keep = 3
-    crowd = [kind(target=save_many, args=(tmp_path, keep, worker, count, answer)) for worker in range(workers)]
-    for member in crowd:
-        member.start()
-    answers = [answer.get(timeout=60) for _ in crowd]
-    for member in crowd:
-        member.join()
-    torch.set_num_threads(threads)
-    assert [error for _, _, error in answers if error] == []
-    everything = [name for _, names, _ in answers for name in names]
-    assert len(set(everything)) == len(everything) == 2 * workers * count
-    checkpoints = CheckpointManager(tmp_path, keep)
-    for worker, names, _ in answers:
-        own = [name for name in names if name.startswith("own_")]
-        assert ids(checkpoints.list_checkpoints("own", worker)) == own[::-1][:keep]
-        assert checkpoints.restore_checkpoint(own[-1])["state_data"] == {"worker": worker, "i": count - 1}
-    shared = sorted((name for name in everything if name.startswith("shared_")), key=lambda name: name.split("_")[2:])
-    assert ids(checkpoints.list_checkpoints("shared")) == shared[::-1][:keep]
-    for entry in checkpoints.list_checkpoints(limit=None):
-        checkpoints.verify(entry["checkpoint_id"])
-    assert all(not path.name.startswith(".") for path in tmp_path.iterdir())

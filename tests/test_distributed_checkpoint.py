@@ -143,3 +143,35 @@ def test_a_sharded_bank_goes_through_torch_not_through_the_layer(tmp_path):
     finally:
         dist.destroy_process_group()
     assert os.listdir(tmp_path / "saved") != []
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_sharded_base_and_the_optimizer_of_one_are_refused_too(tmp_path, blocking):
+    """Their tensors have no memory of their own."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        layer, saved = model_of(1).second.requires_grad_(True), tmp_path / "saved"
+
+        def stepped() -> torch.optim.Optimizer:
+            optimizer = torch.optim.AdamW(layer.parameters())
+            for parameter in layer.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+            return optimizer
+
+        layer.save_checkpoint(checkpoint_dir=saved, include_base=True)
+        layer.save_checkpoint("moments", checkpoint_dir=saved, optimizer=stepped())
+        fully_shard(layer.base_layer, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = stepped()
+        for options in ({"include_base": True}, {"optimizer": optimizer}):
+            with pytest.raises(
+                ValueError, match="whose (base|optimizer).* is sharded: use torch.distributed.checkpoint"
+            ):
+                layer.save_checkpoint(checkpoint_dir=saved, blocking=blocking, **options)
+        with pytest.raises(ValueError, match="a base layer whose weight is sharded"):
+            layer.load_checkpoint(checkpoint_dir=saved)
+        with pytest.raises(ValueError, match="fit the optimizer: parameter .* is sharded"):
+            layer.load_checkpoint("moments", checkpoint_dir=saved, optimizer=optimizer)
+        layer.save_checkpoint(checkpoint_dir=saved, blocking=True)
+    finally:
+        dist.destroy_process_group()

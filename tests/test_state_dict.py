@@ -374,6 +374,8 @@ def test_the_small_layers_refuse_ids_that_do_not_exist(kind):
         with pytest.raises(RuntimeError, match=f'"{name}" must have shape \\[3\\]'):
             layer.load_state_dict(saved | {name: torch.zeros(4)})
     assert_bits(layer, before)
+    if kind is TritonKasminaLayer:
+        assert not layer.get_telemetry()["count"].any()  # what was refused was not seen either
 
 
 # ---- models in wrappers ----------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def _after_fork() -> None:
     _worker = _Worker()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+if hasattr(os, "register_at_fork"):  # not where processes do not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @atexit.register

@@ -20,6 +20,7 @@ from kasmina_ext.checkpoint import format, legacy
 from kasmina_ext.checkpoint.catalog import read_any
 from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointError, CheckpointNotFound
 from kasmina_ext.checkpoint.files import OpenDirectory, list_directories
+from kasmina_ext.checkpoint.header import age_of
 from kasmina_ext.checkpoint.manager import CheckpointManager
 from kasmina_ext.checkpoint.retention import in_excess
 from kasmina_ext.lifecycle import ExtendedLifecycle
@@ -88,11 +89,14 @@ def list_command(arguments: argparse.Namespace) -> int:
     for name, found in manager.scan():
         if isinstance(found, CheckpointDamaged):
             damaged.append({"checkpoint_id": name, "file": found.file, "reason": found.reason})
+        elif isinstance(found, OSError):
+            damaged.append({"checkpoint_id": name, "file": ".", "reason": str(found)})
         else:
             entries.append(found)
-    entries.sort(key=lambda entry: (entry["timestamp"], entry["checkpoint_id"]), reverse=True)
+    entries.sort(key=age_of, reverse=True)
     if arguments.json:
-        print(json.dumps({"directory": str(arguments.directory), "checkpoints": entries, "damaged": damaged}))
+        found = {"directory": str(arguments.directory), "checkpoints": entries, "damaged": damaged}
+        print(json.dumps(_json_of(found), allow_nan=False))
     else:
         header = ["checkpoint", "saved (UTC)", "priority", "state", "format", "bytes"]
         _table(f"{len(entries)} checkpoints in {arguments.directory}", header, map(_row_of, entries))
@@ -108,8 +112,9 @@ def verify_command(arguments: argparse.Namespace) -> int:
     if only is not None:
         names = [(root, only)]
     else:
-        roots = (manager.checkpoint_dir, manager.archive_dir)
-        names = [(folder, name) for folder in roots for name in list_directories(folder) if _is_one(folder / name)]
+        names = [
+            (folder, name) for folder in manager.roots() for name in list_directories(folder) if _is_one(folder / name)
+        ]
     verdicts = [(name, _problem(folder, name)) for folder, name in names]
     if only is None:
         verdicts = [(name, problem) for name, problem in verdicts if problem is not None]
@@ -142,7 +147,7 @@ def show_command(arguments: argparse.Namespace) -> int:
         raise _Missing(f"{arguments.path} is no checkpoint")
     header, content = read_any(root, name)
     if arguments.json:
-        print(json.dumps({**header, "content": _json_of(content)}))
+        print(json.dumps(_json_of({**header, "content": content}), allow_nan=False))
         return OK
     facts = {key: value for key, value in header.items() if value is not None}
     facts["timestamp"] = f"{header['timestamp']} ({_time(header['timestamp'])} UTC)"
@@ -159,26 +164,32 @@ def convert_command(arguments: argparse.Namespace) -> int:
         raise _Missing(f"there is no directory {root}")
     if root.resolve() == arguments.target.resolve():
         raise _Missing(f"{arguments.target} is where the old checkpoints are: give another directory")
-    converted, left, failed = [], [], []
+    converted, there, left, failed = [], [], [], []
     for name in [only] if only is not None else [n for n in list_directories(root) if _is_one(root / n)]:
         try:
             with OpenDirectory(root, name) as directory:
                 old = legacy.is_legacy(directory)
-            if old:
-                legacy.convert(root, name, arguments.target)
-            (converted if old else left).append(name)
+            if not old:
+                left.append(name)
+            elif legacy.convert(root, name, arguments.target):
+                converted.append(name)
+            else:
+                there.append(name)
         except (CheckpointError, OSError, TypeError, ValueError) as error:
             failed.append({"checkpoint_id": name, "error": str(error)})
     if arguments.json:
-        print(json.dumps({"converted": converted, "left": left, "failed": failed}))
+        print(json.dumps({"converted": converted, "already_there": there, "left": left, "failed": failed}))
     else:
         for name in converted:
             print(f"converted: {name}")
+        for name in there:
+            print(f"already there: {name}")
         for name in left:
             print(f"left alone, not an old one: {name}")
         for row in failed:
             print(_plain(f"failed: {row['error']}"))
-        print(f"{len(converted)} converted, {len(left)} left alone, {len(failed)} failed")
+        again = f"{len(there)} already there, " if there else ""
+        print(f"{len(converted)} converted, {again}{len(left)} left alone, {len(failed)} failed")
     return BAD if failed or (only is not None and left) else OK
 
 

@@ -4,6 +4,7 @@ JSON has no tuples, no NaN and only text as keys; these are objects with one key
 
 ==============================  ====================================================
 ``{"$tensor": name}``           a tensor, by its name in the file of tensors
+``{"$complex": name}``          a complex tensor: the real one of that name, of which the last dimension is (re, im)
 ``{"$tuple": [...]}``           a tuple
 ``{"$float": "nan"}``           nan, inf, -inf
 ``{"$dict": [[key, value]]}``   a dict with keys that are not text, or that start with ``$``
@@ -19,13 +20,16 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
 
 MAX_DEPTH = 100
 MAX_DIGITS = 4300
+MAX_VALUES = 2_000_000
+"""Of one text: a few bytes of JSON can take a hundred of memory."""
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")  # of surrogates: JSON reads one character for both
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
@@ -54,6 +58,9 @@ class Encoder:
         if depth > MAX_DEPTH:
             raise ValueError(f"{path} is nested more than {MAX_DEPTH} deep, or contains itself")
         if isinstance(value, Tensor):
+            if type(value) in (Tensor, nn.Parameter) and value.is_complex() and value.layout == torch.strided:
+                # Few readers of the file's format know complex types.
+                return {"$complex": self._add(torch.view_as_real(value.detach().resolve_conj()), path)}
             return {"$tensor": self._add(value, path)}
         if isinstance(value, Mapping):
             return self._encode_mapping(value, path, depth + 1)
@@ -64,10 +71,17 @@ class Encoder:
 
     def _encode_mapping(self, mapping: Mapping[Any, Any], path: str, depth: int) -> JSON:
         if all(isinstance(key, str) and not key.startswith("$") for key in mapping):
-            return {str.__str__(key): self._encode(value, f"{path}.{key}", depth) for key, value in mapping.items()}
+            names = [exact_text(key, f"a key of {path}") for key in mapping]
+            _refuse_equal(names, path)
+            return {
+                name: self._encode(value, f"{path}.{name}", depth)
+                for name, value in zip(names, mapping.values(), strict=True)
+            }
         pairs: list[JSON] = []
         for key, value in mapping.items():
             pairs.append([_encode_key(key, path, depth), self._encode(value, f"{path}.{key}", depth)])
+        # Keys that differ here may be equal when they are read: tensors of one element, subclasses of str.
+        _refuse_equal([Decoder({}).decode(key) for key, _ in pairs], path)
         return {"$dict": pairs}
 
     def _add(self, tensor: Tensor, path: str) -> str:
@@ -92,18 +106,36 @@ def _encode_scalar(value: Any, path: str) -> JSON:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, str):
-        return str.__str__(value)
+        return exact_text(value, path)
     raise TypeError(
         f"{path} is of type {type(value).__name__}; a checkpoint holds None, bool, int, float, str, "
         "tensors, and dicts, lists and tuples of these"
     )
 
 
+def exact_text(value: str, path: str) -> str:
+    """A plain str; ValueError for two surrogates that JSON would read as one character."""
+    text = str.__str__(value)
+    if _PAIR.search(text):
+        raise ValueError(f"{path} has a pair of surrogates, which would come back as one character")
+    return text
+
+
+def _refuse_equal(keys: list[Any], path: str) -> None:
+    seen: set[Any] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"{path} has the key {key!r} twice")
+        seen.add(key)
+
+
 def _encode_key(key: Any, path: str, depth: int) -> JSON:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"a key of {path} is nested more than {MAX_DEPTH} deep")
     if isinstance(key, tuple):
-        if depth > MAX_DEPTH:
-            raise ValueError(f"a key of {path} is nested more than {MAX_DEPTH} deep")
         return {"$tuple": [_encode_key(part, path, depth + 1) for part in key]}
+    if key != key:
+        raise ValueError(f"a key of {path} is NaN, which equals nothing")
     return _encode_scalar(key, f"a key of {path}")
 
 
@@ -136,11 +168,11 @@ class Decoder:
         if len(value) != 1:
             raise ContentError(f"an object has the keys {', '.join(map(repr, list(value)[:3]))}")
         [(marker, inner)] = value.items()
-        if marker == "$tensor" and isinstance(inner, str):
+        if marker in ("$tensor", "$complex") and isinstance(inner, str):
             tensor = self._tensors.pop(inner, None)
             if tensor is None:
                 raise ContentError(f"tensor {inner!r} is not there, or belongs to two things")
-            return tensor
+            return _as_complex(tensor, inner) if marker == "$complex" else tensor
         if marker == "$tuple" and isinstance(inner, list):
             return tuple(self._decode(item, depth + 1) for item in inner)
         if marker == "$float" and isinstance(inner, str) and inner in _NOT_FINITE:
@@ -161,8 +193,16 @@ class Decoder:
         return result
 
 
+def _as_complex(tensor: Tensor, name: str) -> Tensor:
+    if tensor.dtype not in (torch.float16, torch.float32, torch.float64) or tensor.shape[-1:] != (2,):
+        raise ContentError(f"tensor {name!r} is not made of complex numbers")
+    return torch.view_as_complex(tensor)
+
+
 def _is_key(key: Any) -> bool:
-    return all(map(_is_key, key)) if isinstance(key, tuple) else not isinstance(key, (list, dict, Tensor))
+    if isinstance(key, tuple):
+        return all(map(_is_key, key))
+    return not isinstance(key, (list, dict, Tensor)) and key == key
 
 
 # ---- text ----------------------------------------------------------------------------------------
@@ -173,10 +213,17 @@ def to_text(value: JSON) -> bytes:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, indent=None, separators=(",", ":")).encode("ascii")
 
 
+def values_in(text: bytes) -> int:
+    """At most so many values are in it; a little more where strings have commas and brackets."""
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
 def from_text(text: bytes, *, allow_nan: bool = False) -> JSON:
     """The way back; :class:`ContentError` for anything that has two readings: double keys, numbers out of range, other
-    encodings, and NaN and Infinity, which are no JSON (``allow_nan`` takes them).
+    encodings, and NaN and Infinity, which are no JSON (``allow_nan`` takes them). At most MAX_VALUES.
     """
+    if values_in(text) > MAX_VALUES:
+        raise ContentError(f"has more than {MAX_VALUES} values")
     try:
         return json.loads(
             text.decode("ascii"),

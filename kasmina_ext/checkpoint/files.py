@@ -11,7 +11,6 @@ A directory is removed by renaming it to ``.removed-<random>`` first, so that no
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -30,6 +29,11 @@ from kasmina_ext.checkpoint.errors import (
     InvalidCheckpointId,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows: the package works there, checkpoints do not
+    fcntl = None  # type: ignore[assignment]
+
 # fullmatch: "$" would let a newline pass.
 _ID = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _SAVING = re.compile(r"\.saving-[0-9a-f]{16}")
@@ -37,13 +41,18 @@ _REMOVED = re.compile(r"\.removed-[0-9a-f]{16}")
 _LOCK = "lock"
 _PAYLOAD = "checkpoint"
 
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOFOLLOW, _CLOEXEC, _ISDIR, _NONBLOCK, _NOCTTY = (
+    getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "CLOEXEC", "DIRECTORY", "NONBLOCK", "NOCTTY")
+)
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC
 # O_NONBLOCK: a fifo planted under the name of a file must not make a reader wait for ever.
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_READ = os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _NOCTTY | _CLOEXEC
+_DIRECTORY = os.O_RDONLY | _ISDIR | _CLOEXEC
 _STEP = 256 << 10  # bytes copied, hashed and handed to the system at a time: they stay in a core's cache
-# Want of a resource of this process says nothing about the checkpoint.
-_OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
+UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
+"""Errors of the system that say who may read, or that the disk is ill, and nothing about what was saved."""
+# Nor does want of a resource of this process. All these are raised as they are.
+_OURS = UNREADABLE | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN}
 
 
 def checked_id(checkpoint_id: object) -> str:
@@ -51,6 +60,11 @@ def checked_id(checkpoint_id: object) -> str:
     if isinstance(checkpoint_id, str) and _ID.fullmatch(checkpoint_id):
         return checkpoint_id
     raise InvalidCheckpointId(f"Invalid checkpoint_id: {_shown(checkpoint_id)}")
+
+
+def _require_posix() -> None:
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "checkpoints need flock and openat, which this system does not have")
 
 
 def _shown(value: object) -> str:
@@ -120,6 +134,7 @@ def new_directory(root: Path, name: str) -> Iterator[Path]:
     system refuses, also where ``root / name`` exists already.
     """
     try:
+        _require_posix()
         make_root(root)
         clean(root)
         workspace, lock = _new_workspace(root)
@@ -193,8 +208,7 @@ def _new_workspace(root: Path) -> tuple[Path, int]:
         except FileNotFoundError:
             continue
         except BaseException:
-            with suppress(OSError):
-                os.rmdir(workspace)
+            _discard(workspace)
             raise
         if lock is not None:
             return workspace, lock
@@ -203,7 +217,7 @@ def _new_workspace(root: Path) -> tuple[Path, int]:
 def _take(workspace: Path) -> int | None:
     """The descriptor of the workspace's lock, now ours; None while somebody else has it."""
     path = workspace / _LOCK
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW | _CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Locked, but is it still the one with that name? The last owner may have removed it.
@@ -221,7 +235,11 @@ def _take(workspace: Path) -> int | None:
 
 def _discard(path: Path) -> None:
     """Remove a tree as far as it goes; what stays is left for the next one who cleans up."""
-    shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def clean(root: Path) -> None:
@@ -264,16 +282,20 @@ def list_directories(root: Path) -> list[str]:
         return []
 
 
-def remove_directory(root: Path, name: str) -> bool:
-    """Remove ``root / name`` at once for all who look; False where there is none. Works on a full disk."""
+def remove_directory(root: Path, name: str, *, durable: bool = False) -> bool:
+    """Remove ``root / name`` at once for all who look; False where there is none. Works on a full disk.
+
+    ``durable``: it stays away after a power cut, too.
+    """
     removed = root / f".removed-{secrets.token_hex(8)}"
     try:
         os.rename(root / name, removed)
     except FileNotFoundError:
         return False
-    if removed.is_symlink() or not removed.is_dir():
-        os.unlink(removed)
-    else:
+    try:
+        if durable:
+            _sync_directory(root)
+    finally:
         _discard(removed)
     return True
 
@@ -305,8 +327,9 @@ class OpenDirectory:
 
     def __init__(self, root: Path, checkpoint_id: str) -> None:
         self.checkpoint_id, self._path = checked_id(checkpoint_id), root / checkpoint_id
+        _require_posix()
         try:
-            self._fd = os.open(self._path, _DIRECTORY | os.O_NOFOLLOW)
+            self._fd = os.open(self._path, _DIRECTORY | _NOFOLLOW)
         except FileNotFoundError:
             raise CheckpointNotFound(checkpoint_id) from None
         except OSError as error:
@@ -331,10 +354,16 @@ class OpenDirectory:
         except OSError as error:
             raise self._refused(".", error) from error
 
-    def stamp(self) -> tuple[int, int, int]:
-        """Tells this directory from any other that had its name before."""
-        facts = os.fstat(self._fd)
-        return facts.st_dev, facts.st_ino, facts.st_ctime_ns
+    def stamp(self, *names: str) -> tuple[tuple[int, ...] | None, ...]:
+        """Tells this directory and these files of it from any others that had their names before."""
+        return self._stamp("."), *map(self._stamp, names)
+
+    def _stamp(self, name: str) -> tuple[int, ...] | None:
+        try:
+            facts = os.stat(name, dir_fd=self._fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
     def open(self, name: str) -> OpenFile:
         """A regular file in it. :class:`CheckpointDamaged` for anything else, :class:`CheckpointNotFound` if all is
@@ -352,7 +381,7 @@ class OpenDirectory:
         at, opened = self._fd, []
         try:
             for folder in folders:
-                at = os.open(folder, _DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                at = os.open(folder, _DIRECTORY | _NOFOLLOW, dir_fd=at)
                 opened.append(at)
             # Looked at before it is opened, since opening a device can do things.
             self._check_kind(name, os.stat(last, dir_fd=at, follow_symlinks=False))

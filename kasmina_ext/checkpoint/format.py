@@ -17,19 +17,31 @@ prove who wrote a checkpoint. Nothing in it can run code, whoever wrote it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from kasmina_ext.checkpoint.content import JSON, ContentError, Decoder, Encoder, from_text, to_text
+from kasmina_ext.checkpoint.content import (
+    JSON,
+    MAX_VALUES,
+    ContentError,
+    Decoder,
+    Encoder,
+    exact_text,
+    from_text,
+    to_text,
+    values_in,
+)
 from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointVersionError
 from kasmina_ext.checkpoint.files import NewFile, OpenDirectory, checked_id, new_directory
 from kasmina_ext.checkpoint.tensor_file import (
     Progress,
+    Table,
     TensorFileError,
     check_values,
+    meta_tensors,
     read_tensors,
     table_from_json,
     table_of,
@@ -45,6 +57,9 @@ METADATA, TENSORS, CHECKSUM = "metadata.json", "tensors.safetensors", "checksum"
 FILES = (CHECKSUM, METADATA, TENSORS)
 MAX_METADATA_BYTES = 64 << 20
 """A larger metadata file is refused unread, and not written."""
+
+Check = Callable[[dict[str, Any], dict[str, Any]], object]
+"""Called with header and content before the tensors are read; raises what it does not like."""
 
 _OWN = frozenset({"format", "version", "checkpoint_id", "header", "tensors", "files"})
 
@@ -99,6 +114,7 @@ def _check_names(header: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     for name in [*header, *content]:
         if not isinstance(name, str) or name.startswith("$") or name in _OWN:
             raise ValueError(f"{name!r} cannot be the name of a field")
+        exact_text(name, "the name of a field")
     both = header.keys() & content.keys()
     if both:
         raise ValueError(f"header and content both have {sorted(both)[0]!r}")
@@ -111,29 +127,54 @@ def _check_size(text: bytes, checkpoint_id: str) -> None:
             f"the metadata of checkpoint {checkpoint_id} would have {size} bytes, at most {MAX_METADATA_BYTES} "
             "are read back: put large data into tensors"
         )
+    count = values_in(text) + 16
+    if count > MAX_VALUES:
+        raise ValueError(
+            f"checkpoint {checkpoint_id} would have {count} values, at most {MAX_VALUES} are read back: put many "
+            "numbers into tensors"
+        )
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read(root: Path, checkpoint_id: str, *, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(
+    root: Path, checkpoint_id: str, *, max_bytes: int | None = None, check: Check | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(header, content)`` as they were given to :func:`write`; tensors on the CPU.
 
     All is verified before anything is returned. ``max_bytes`` bounds the file of tensors, which is
-    refused unread above it. :class:`InvalidCheckpointId`, :class:`CheckpointNotFound`,
+    refused unread above it. ``check`` is called with header and content before any tensor is read, when
+    only the metadata are verified: the content's tensors are on the device "meta", with dtype and shape
+    but without memory. What it raises is raised. :class:`InvalidCheckpointId`, :class:`CheckpointNotFound`,
     :class:`CheckpointVersionError`, and :class:`CheckpointDamaged` naming file and reason.
     """
     with OpenDirectory(Path(root), checkpoint_id) as directory:
-        return read_from(directory, max_bytes=max_bytes)
+        return read_from(directory, max_bytes=max_bytes, check=check)
 
 
-def read_from(directory: OpenDirectory, *, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_from(
+    directory: OpenDirectory, *, max_bytes: int | None = None, check: Check | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """:func:`read` of a directory that is open."""
     metadata = _verified_metadata(directory)
     extra = [name for name in directory.names() if name not in FILES]
     if extra:
         raise directory.damaged(extra[0], "does not belong to a checkpoint")
-    decoder = Decoder(_verified_tensors(directory, metadata, max_bytes))
+    table = _verified_table(directory, metadata)
+    if check is not None:
+        try:
+            preview = meta_tensors(table)
+        except TensorFileError as error:
+            raise directory.damaged(METADATA, str(error)) from None
+        check(*_decoded(directory, metadata, preview))
+    return _decoded(directory, metadata, _verified_tensors(directory, metadata, table, max_bytes))
+
+
+def _decoded(
+    directory: OpenDirectory, metadata: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    decoder = Decoder(tensors)
     try:
         header = {name: decoder.decode(metadata[name]) for name in metadata["header"]}
         content = {n: decoder.decode(v) for n, v in metadata.items() if n not in _OWN and n not in header}
@@ -199,12 +240,17 @@ def _problem_with_fields(metadata: dict[str, Any], checkpoint_id: str) -> str:
     return ""
 
 
-def _verified_tensors(directory: OpenDirectory, metadata: dict[str, Any], max_bytes: int | None) -> dict[str, Tensor]:
-    promised = metadata["files"][TENSORS]
+def _verified_table(directory: OpenDirectory, metadata: dict[str, Any]) -> Table:
     try:
-        table = table_from_json(metadata["tensors"])
+        return table_from_json(metadata["tensors"])
     except TensorFileError as error:
         raise directory.damaged(METADATA, str(error)) from None
+
+
+def _verified_tensors(
+    directory: OpenDirectory, metadata: dict[str, Any], table: Table, max_bytes: int | None
+) -> dict[str, Tensor]:
+    promised = metadata["files"][TENSORS]
     with directory.open(TENSORS) as file:
         if file.size != promised["size"]:
             raise directory.damaged(TENSORS, f"has {file.size} bytes, {METADATA} promises {promised['size']}")

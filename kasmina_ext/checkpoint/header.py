@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,22 @@ SEED, LAYER = "seed", "layer"
 _LAYER_ID = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _TAG = re.compile(r"[a-zA-Z0-9_-]{1,32}")
 _MAX_SEED_ID = 2**63 - 1
-_MAX_TIMESTAMP = 10**16 - 1  # milliseconds; with all parts of greatest length an identifier still fits
+MAX_TIMESTAMP = 10**16 - 1  # milliseconds; with all parts of greatest length an identifier still fits
+
+
+_AHEAD = 24 * 60 * 60 * 1000
+
+
+def plausible(timestamp: int) -> bool:
+    """Whether it is at most a day ahead of the clock. Others are a wrong clock's, or made up to stay the newest for ever:
+    they count as older than all others.
+    """
+    return timestamp <= time.time_ns() // 1_000_000 + _AHEAD
+
+
+def age_of(entry: Mapping[str, Any]) -> tuple[bool, int, str]:
+    """To sort by, the oldest first."""
+    return plausible(entry["timestamp"]), entry["timestamp"], entry["checkpoint_id"]
 
 
 def checked_layer_id(layer_id: Any) -> str:
@@ -88,7 +104,7 @@ def problem_with(header: Mapping[str, Any]) -> str:
     kind, timestamp = header.get("kind"), header.get("timestamp")
     if kind not in (SEED, LAYER):
         return f"is of the unknown kind {_shown(kind)}"
-    if type(timestamp) is not int or not 0 <= timestamp <= _MAX_TIMESTAMP:
+    if type(timestamp) is not int or not 0 <= timestamp <= MAX_TIMESTAMP:
         return f"has the impossible timestamp {_shown(timestamp)}"
     if not isinstance(header.get("layer_id"), str):
         return f"has the impossible layer_id {_shown(header.get('layer_id'))}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_ext.checkpoint.errors import CheckpointMismatch
-from kasmina_ext.checkpoint.state_dict import problems_in
-from kasmina_ext.checkpoint.values import problem_of
+from kasmina_ext.checkpoint.optimizer_state import load_optimizer, optimizer_problems, undo_of
+from kasmina_ext.checkpoint.state_dict import problems_in, renamed_for
+from kasmina_ext.checkpoint.values import oddity_of, problem_of
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.placement import is_sharded
 from kasmina_ext.state_layout import StateVar
@@ -27,8 +29,6 @@ _BANK = "blueprint_weights"
 _STRUCTURE = {"num_seeds": "seeds", "hidden_dim": "features", "num_blueprints": "blueprints"}
 # ... and what the layer may have otherwise: then its own goes on to hold.
 _BEHAVIOUR = ("feature_dim", "strategy", "alpha_schedule", "ramp_epochs", "auto_advance")
-# What optimizers remember in a parameter's shape.
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "sum"})
 
 
 # ---- making --------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def pack(
     problem = _unwritable(layer)
     if problem is not None:
         raise ValueError(f"a layer cannot be saved whose {problem}")
-    return {
+    content = {
         "format": FORMAT,
         "configuration": configuration_of(layer),
         "layer": {name: layer._buffers[name] for name in layer.BUFFER_DTYPES} | {_BANK: layer.whole_bank()},
@@ -56,6 +56,19 @@ def pack(
         "controller": None if controller is None else controller._state(lambda tensor: tensor),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
     }
+    for path, tensor in _tensors_in(content):
+        odd = oddity_of(tensor)
+        if odd is not None:
+            raise ValueError(f"a layer cannot be saved whose {'.'.join(map(str, path))} {odd}")
+    return content
+
+
+def _tensors_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(item, (*path, name))
 
 
 def configuration_of(layer: KasminaLayer) -> dict[str, Any]:
@@ -125,31 +138,42 @@ def problems_with(
     layer: KasminaLayer,
     controller: GrowthController | None = None,
     optimizer: Optimizer | None = None,
+    *,
+    shapes_only: bool = False,
 ) -> list[str]:
     """Why ``content`` cannot be written into this layer (controller, optimizer), each as a sentence; [] where it can.
 
-    It may come from anybody: nothing in it is believed. Changes nothing; waits for the device.
+    It may come from anybody: nothing in it is believed. Changes nothing; waits for the device. With ``shapes_only`` its
+    tensors are on the device "meta", and what needs their values is not judged yet.
     """
-    if not isinstance(content, dict) or content.keys() != _PARTS or content["format"] != FORMAT:
+    if not isinstance(content, dict) or content.keys() != _PARTS or not _is(content["format"], FORMAT):
         return [f"is no layer's checkpoint of format {FORMAT}"]
     theirs, ours = content["configuration"], configuration_of(layer)
     if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
         return ["does not tell its layer's configuration"]
     differs = [
-        f"has {theirs[name]} {what}, this layer {ours[name]}"
+        f"has {str(theirs[name])[:40]} {what}, this layer {ours[name]}"
         for name, what in _STRUCTURE.items()
-        if theirs[name] != ours[name]
+        if not _is(theirs[name], ours[name])
     ]
     if differs:
         return differs
+    untold = [name for name in ours if type(theirs[name]) is not type(ours[name])]
+    if untold:
+        return [f"does not tell its layer's configuration: {untold[0]} is a {type(theirs[untold[0]]).__name__}"]
     if (unwritable := _unwritable(layer)) is not None:
         return [f"cannot be loaded into a layer whose {unwritable}"]
     return [
         *_layer_problems(layer, content["layer"], theirs),
         *_base_problems(layer, content["base"]),
-        *_controller_problems(controller, content["controller"]),
+        *_controller_problems(controller, content["controller"], shapes_only),
         *_optimizer_problems(optimizer, content["optimizer"]),
     ]
+
+
+def _is(theirs: Any, ours: Any) -> bool:
+    """Equal and of one type: what compares in ways of its own (a tensor) is not even asked."""
+    return type(theirs) is type(ours) and theirs == ours
 
 
 def behaviour_differs(content: Mapping[str, Any], layer: KasminaLayer) -> list[str]:
@@ -176,6 +200,8 @@ def _base_problems(layer: KasminaLayer, tensors: Any) -> Iterator[str]:
         return
     base = layer._modules["base_layer"]
     ours = base.state_dict()
+    if isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors):
+        tensors = renamed_for(base, tensors)
     if not isinstance(tensors, dict) or tensors.keys() != ours.keys():
         theirs = set(tensors) if isinstance(tensors, dict) else set()
         odd = sorted(map(str, theirs ^ ours.keys()))[:3]
@@ -185,6 +211,8 @@ def _base_problems(layer: KasminaLayer, tensors: Any) -> Iterator[str]:
         mine = ours[name]
         if not isinstance(value, Tensor) or not isinstance(mine, Tensor):
             yield f"base_layer.{name} is no tensor"
+        elif (odd := oddity_of(mine)) is not None:
+            yield f"cannot be loaded into a base layer whose {name} {odd}"
         elif value.shape != mine.shape:
             yield f"base_layer.{name} has shape {list(value.shape)}, in this layer {list(mine.shape)}"
         elif _kind(value) != _kind(mine):
@@ -194,19 +222,21 @@ def _base_problems(layer: KasminaLayer, tensors: Any) -> Iterator[str]:
             yield from problems_in(inner, tensors, f"{path}." if path else "")
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
-def _controller_problems(controller: GrowthController | None, state: Any) -> Iterator[str]:
+def _controller_problems(controller: GrowthController | None, state: Any, shapes_only: bool) -> Iterator[str]:
     if controller is None:
         return
     if state is None:
         yield "holds no controller's state: it was saved without controller="
         return
+    if shapes_only:
+        return
     try:
         controller.check_state_dict(state)
-    except (ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever the state is made of
         yield f"does not fit the controller: {error}"
 
 
@@ -216,32 +246,8 @@ def _optimizer_problems(optimizer: Optimizer | None, state: Any) -> Iterator[str
     if state is None:
         yield "holds no optimizer's state: it was saved without optimizer="
         return
-    try:
-        groups = [dict(group) for group in state["param_groups"]]
-        theirs = [len(group["params"]) for group in groups]
-        remembered = {number: dict(values) for number, values in state["state"].items()}
-    except (TypeError, KeyError, AttributeError, ValueError):
-        yield "does not fit the optimizer: its state is not what an optimizer saves"
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    if theirs != ours:
-        yield f"does not fit the optimizer: it trained groups of {theirs} parameters, this one {ours}"
-        return
-    for group, mine in zip(groups, optimizer.param_groups, strict=True):
-        if not all(type(number) is int for number in group["params"]) or ("lr" in mine and "lr" not in group):
-            yield "does not fit the optimizer: a group of its parameters has no numbers or no lr"
-    for number, values in remembered.items():
-        if type(number) is not int or not 0 <= number < len(parameters):
-            yield f"does not fit the optimizer: there is no parameter {number!r}"
-            continue
-        shape = parameters[number].shape
-        for name, value in values.items():
-            if name in _MOMENTS and isinstance(value, Tensor) and value.shape != shape:
-                yield (
-                    f"does not fit the optimizer: {name} of parameter {number} has shape {list(value.shape)}, "
-                    f"the parameter {list(shape)}"
-                )
+    for problem in optimizer_problems(optimizer, state):
+        yield f"does not fit the optimizer: {problem}"
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -255,17 +261,62 @@ def apply(
 ) -> None:
     """Write what :func:`problems_with` found nothing wrong with. Tensors are written in place: parameters stay the same
     objects, in their dtype and where they are.
+
+    All or nothing: where one of them refuses it after all, :class:`CheckpointMismatch`, and all is as it was.
     """
-    if optimizer is not None:  # first, since torch may refuse it after all, and then it has changed nothing
-        try:
-            optimizer.load_state_dict(content["optimizer"])
-        except Exception as error:
-            raise CheckpointMismatch(f"the checkpoint does not fit the optimizer: {error}") from error
+    undo, part = [_undo_of_layer(layer, content["base"] is not None)], "layer"
     if controller is not None:
-        controller.load_state_dict(content["controller"])
-    if content["base"] is not None:
-        layer._modules["base_layer"].load_state_dict(content["base"])
-    _write_layer(layer, content["layer"])
+        undo.append(_undo_of_controller(controller))
+    if optimizer is not None:
+        undo.append(undo_of(optimizer))
+    try:
+        if optimizer is not None:
+            part = "optimizer"
+            load_optimizer(optimizer, content["optimizer"])
+        if controller is not None:
+            part = "controller"
+            controller.load_state_dict(content["controller"])
+        if content["base"] is not None:
+            part = "base layer"
+            base = layer._modules["base_layer"]
+            base.load_state_dict(renamed_for(base, content["base"]))
+        part = "layer"
+        _write_layer(layer, content["layer"])
+    except BaseException as error:
+        for put_back in undo:
+            put_back()
+        if not isinstance(error, Exception) or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise CheckpointMismatch(f"the checkpoint does not fit the {part}: {error}") from error
+
+
+def _undo_of_layer(layer: KasminaLayer, with_base: bool) -> Callable[[], None]:
+    base, loaded = layer._modules["base_layer"], layer._loaded_history_count
+    own = [*(layer._buffers[name] for name in layer.BUFFER_DTYPES), layer.blueprint_weights]
+    kept = [(tensor, tensor.detach().clone()) for tensor in own]
+    if with_base:  # on the host: it may be large
+        both = chain(base.parameters(), base.buffers())
+        kept += [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in both if oddity_of(tensor) is None]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, values in kept:
+                tensor.copy_(values)
+        layer._loaded_history_count = loaded
+
+    return undo
+
+
+def _undo_of_controller(controller: GrowthController) -> Callable[[], None]:
+    """Its loading replaces values, and writes into none."""
+    attributes, snapshots = dict(vars(controller)), [blueprints.snapshots for blueprints in controller._blueprints]
+
+    def undo() -> None:
+        vars(controller).update(attributes)
+        for blueprints, of_layer in zip(controller._blueprints, snapshots, strict=True):
+            blueprints.snapshots = of_layer
+
+    return undo
 
 
 def _write_layer(layer: KasminaLayer, tensors: Mapping[str, Tensor]) -> None:

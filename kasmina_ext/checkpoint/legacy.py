@@ -21,13 +21,14 @@ one of the two tensors is lost.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
 import re
 import zipfile
-from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from torch import Tensor
 
 from kasmina_ext.checkpoint import format
 from kasmina_ext.checkpoint.content import ContentError, Encoder, from_text
-from kasmina_ext.checkpoint.errors import CheckpointVersionError
-from kasmina_ext.checkpoint.files import OpenDirectory, list_directories
+from kasmina_ext.checkpoint.errors import CheckpointError, CheckpointSaveError, CheckpointVersionError
+from kasmina_ext.checkpoint.files import OpenDirectory
 from kasmina_ext.checkpoint.header import lifecycle_of, problem_with, seed_header
 
 MANIFEST, TENSORS = "tensor_manifest.json", "tensors"
@@ -45,6 +46,7 @@ VERSION = 2
 """Version 1 becomes this one when it is read."""
 
 _FILE = re.compile(r"[a-zA-Z0-9_-]*\.pt")
+_DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _REQUIRED = ("version", "checkpoint_id", "layer_id", "seed_id", "timestamp", "state_data", "checksum")
 
 
@@ -54,14 +56,22 @@ def is_legacy(directory: OpenDirectory) -> bool:
     return format.METADATA in names and format.CHECKSUM not in names and format.TENSORS not in names
 
 
-def read(directory: OpenDirectory, *, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(
+    directory: OpenDirectory, *, max_bytes: int | None = None, check: format.Check | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(header, content)`` as the manager's own seed checkpoints have them; ``content`` has ``state_data`` and
     ``blueprint_state`` (None without a blueprint), tensors on the CPU.
 
-    ``max_bytes`` bounds the tensors' files together. Errors as :func:`kasmina_ext.checkpoint.format.read`.
+    ``max_bytes`` bounds the tensors' files together; ``check`` sees what the manifest promises before any of them is
+    read. Errors as :func:`kasmina_ext.checkpoint.format.read`.
     """
     header, state_data = _read_metadata(directory)
-    return header, {"state_data": state_data, "blueprint_state": _read_blueprint(directory, max_bytes)}
+    manifest = _read_manifest(directory)
+    if check is not None:
+        preview = None if manifest is None else _preview(directory, manifest)
+        check(dict(header), {"state_data": deepcopy(state_data), "blueprint_state": preview})
+    blueprint = None if manifest is None else _read_blueprint(directory, manifest, max_bytes)
+    return header, {"state_data": state_data, "blueprint_state": blueprint}
 
 
 def read_header(directory: OpenDirectory) -> dict[str, Any]:
@@ -69,22 +79,38 @@ def read_header(directory: OpenDirectory) -> dict[str, Any]:
     return {**_read_metadata(directory)[0], "version": VERSION, "size": None}
 
 
-def convert(source: Path, checkpoint_id: str, target: Path) -> None:
-    """Read ``source / checkpoint_id`` and write it as ``target / checkpoint_id``, all or nothing.
+def convert(source: Path, checkpoint_id: str, target: Path) -> bool:
+    """Read ``source / checkpoint_id`` and write it as ``target / checkpoint_id``, all or nothing. False where the target
+    has the very same already.
 
-    Errors of reading, and :class:`CheckpointSaveError` (also where the target has it already).
+    Errors of reading, and :class:`CheckpointSaveError` (also where the target has another one of that name).
     """
     with OpenDirectory(Path(source), checkpoint_id) as directory:
         header, content = read(directory)
-    format.write(Path(target), checkpoint_id, header, content)
+    try:
+        format.write(Path(target), checkpoint_id, header, content)
+    except CheckpointSaveError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not _has(target, checkpoint_id, header, content):
+            raise
+        return False
+    return True
 
 
-def find(root: Path) -> Iterator[str]:
-    """Identifiers of the Triton package's checkpoints in ``root``."""
-    for name in list_directories(root):
-        with OpenDirectory(root, name) as directory:
-            if is_legacy(directory):
-                yield name
+def _has(target: Path, checkpoint_id: str, header: dict[str, Any], content: dict[str, Any]) -> bool:
+    try:
+        there = format.read(Path(target), checkpoint_id)
+    except (CheckpointError, OSError):
+        return False
+    ours, theirs = Encoder(), Encoder()
+    if ours.encode([header, content], "c") != theirs.encode(list(there), "c"):
+        return False
+    pairs = zip(ours.tensors.values(), theirs.tensors.values(), strict=True)
+    return all(a.dtype == b.dtype and a.shape == b.shape and _bits_equal(a, b) for a, b in pairs)
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    """NaN, too, equals itself."""
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 # ---- metadata ------------------------------------------------------------------------------------
@@ -150,7 +176,8 @@ def _parse(directory: OpenDirectory, name: str, text: bytes) -> dict[str, Any]:
 # ---- tensors -------------------------------------------------------------------------------------
 
 
-def _read_blueprint(directory: OpenDirectory, max_bytes: int | None) -> dict[str, Tensor] | None:
+def _read_manifest(directory: OpenDirectory) -> dict[str, Any] | None:
+    """Each key's entry, of which ``file`` was checked; None without a blueprint."""
     names = directory.names()
     if MANIFEST not in names:
         if TENSORS in names:
@@ -158,13 +185,32 @@ def _read_blueprint(directory: OpenDirectory, max_bytes: int | None) -> dict[str
         return None
     manifest = _parse(directory, MANIFEST, directory.read(MANIFEST, format.MAX_METADATA_BYTES))
     owners: dict[str, str] = {}
-    blueprint, left = {}, max_bytes
     for key, entry in manifest.items():
         file = _file_of(directory, key, entry)
         if file in owners:
             raise directory.damaged(MANIFEST, f"{owners[file]!r} and {key!r} share the file {file}: one is lost")
         owners[file] = key
-        path = f"{TENSORS}/{file}"
+    return manifest
+
+
+def _preview(directory: OpenDirectory, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """What the manifest promises, as tensors without memory."""
+    preview = {}
+    for key, entry in manifest.items():
+        dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
+        if dtype is None or not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise directory.damaged(MANIFEST, f"tells no dtype and shape of {key[:80]!r}")
+        try:
+            preview[key] = torch.empty(shape, dtype=dtype, device="meta")
+        except (RuntimeError, OverflowError, TypeError) as error:
+            raise directory.damaged(MANIFEST, f"{key[:80]!r} cannot be made: {str(error)[:200]}") from None
+    return preview
+
+
+def _read_blueprint(directory: OpenDirectory, manifest: dict[str, Any], max_bytes: int | None) -> dict[str, Tensor]:
+    blueprint, left = {}, max_bytes
+    for key, entry in manifest.items():
+        path = f"{TENSORS}/{entry['file']}"
         data = _read_archive(directory, path, left)
         left = None if left is None else left - len(data)
         blueprint[key] = _load_tensor(directory, path, data, entry)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,30 +19,32 @@ import torch
 
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.checkpoint import format
-from kasmina_ext.checkpoint.catalog import PATIENCE, Catalog, Entry, read_any
+from kasmina_ext.checkpoint.catalog import PATIENCE, Catalog, Entry, Found, is_checkpoint, read_any
 from kasmina_ext.checkpoint.content import to_device
 from kasmina_ext.checkpoint.errors import (
     CheckpointDamaged,
     CheckpointNotFound,
+    CheckpointSaveError,
     InvalidCheckpointId,
 )
 from kasmina_ext.checkpoint.files import (
     checked_id,
     clean,
-    list_directories,
-    make_root,
     move_directory,
     remove_directory,
 )
 from kasmina_ext.checkpoint.header import (
     LAYER,
+    MAX_TIMESTAMP,
     SEED,
+    age_of,
     checked_layer_id,
     checked_priority,
     checked_seed_id,
     checked_tag,
     layer_header,
     lifecycle_of,
+    plausible,
     seed_header,
 )
 from kasmina_ext.checkpoint.retention import group_of, in_excess
@@ -53,7 +57,7 @@ ARCHIVE = ".archive"  # never an identifier
 
 
 class CheckpointManager:
-    """Saves, finds, restores and removes checkpoints below ``checkpoint_dir``, which is made where it is missing.
+    """Saves, finds, restores and removes checkpoints below ``checkpoint_dir``, which the first save makes where it is missing.
 
     Any number of managers, threads and processes may share a directory. A checkpoint is there when its
     save returns, whatever happens to the process or the power afterwards, and before that it is not
@@ -62,10 +66,13 @@ class CheckpointManager:
     Retention: after each save, of all checkpoints of the same layer and seed (of the same layer and tag)
     the ``max_checkpoints_per_seed`` best stay: those of the highest priority, of one priority the newest.
     Critical ones always stay, and take places. So a save goes at once where others of higher priority
-    take all places (which is logged).
+    take all places: its identifier is returned, a UserWarning says so, and loading finds the older ones.
 
-    A timestamp is never older than the newest one of its seed: a clock that was set back does not make
-    new checkpoints old.
+    A timestamp is always later than the newest one of its seed, though the clock was set back. Timestamps
+    more than a day ahead of the clock count as older than all others, and do not keep new ones from being
+    the newest.
+
+    A relative ``checkpoint_dir`` is below the working directory of now, whatever that becomes.
 
     Errors: ValueError for arguments and identifiers; :class:`CheckpointNotFound` (both ValueError and
     FileNotFoundError); :class:`CheckpointDamaged` (RuntimeError, "Integrity check failed ...", naming
@@ -74,13 +81,12 @@ class CheckpointManager:
     """
 
     def __init__(self, checkpoint_dir: str | PathLike[str], max_checkpoints_per_seed: int = 5) -> None:
-        self.checkpoint_dir = Path(checkpoint_dir)
+        self.checkpoint_dir = Path(os.path.abspath(checkpoint_dir))
         self.max_checkpoints_per_seed = positive("max_checkpoints_per_seed", max_checkpoints_per_seed)
         self.metadata_cache: dict[str, Entry] = {}
         """What was read of each checkpoint for lists, by identifier; may be cleared at any time."""
         self._catalog = Catalog(self.checkpoint_dir, self.metadata_cache)
         self._newest: dict[str, int] = {}
-        make_root(self.checkpoint_dir)
 
     @property
     def archive_dir(self) -> Path:
@@ -103,10 +109,13 @@ class CheckpointManager:
         any scalars as keys; they come back as given, tensors as plain ones. ``state_data["lifecycle_state"]``
         (a member, number or name) is what :meth:`list_checkpoints` filters by. ``priority`` is low, normal,
         high or critical. ValueError ("Invalid layer_id", "Invalid seed_id", "Invalid priority"); TypeError for
-        values that cannot be saved.
+        values that cannot be saved, and for what is no dict.
         """
         layer_id, seed_id = checked_layer_id(layer_id), checked_seed_id(seed_id)
         priority = checked_priority(priority)
+        for name, value in {"state_data": state_data, "blueprint_state": blueprint_state or {}}.items():
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{name} must be a dict, got {type(value).__name__}")
         prefix = f"{layer_id}_{seed_id}_"
         timestamp = self._next_timestamp(prefix, (layer_id, seed_id))
         header = seed_header(layer_id, seed_id, timestamp, priority, lifecycle_of(state_data))
@@ -179,24 +188,37 @@ class CheckpointManager:
         prefix = f"{checked_layer_id(layer_id)}_{checked_tag(tag)}_"
         newest = self._newest.get(prefix)
         if newest is None:
-            newest = max((_timestamp_in(name, prefix) for name in list_directories(self.checkpoint_dir)), default=-1)
-        self._newest[prefix] = _later_than(newest)
+            self._newest[prefix] = self._next_timestamp(prefix, (layer_id, tag))
+        else:
+            self._newest[prefix] = _later_than(newest)
         return f"{prefix}{self._newest[prefix]}_{secrets.token_hex(4)}"
 
     def load_layer(
-        self, id_or_tag: str, layer_id: str | None = None, *, max_bytes: int | None = None
+        self,
+        id_or_tag: str,
+        layer_id: str | None = None,
+        *,
+        max_bytes: int | None = None,
+        check: Callable[[dict[str, Any], Any], object] | None = None,
     ) -> dict[str, Any]:
         """What :meth:`save_layer` saved: a dict with ``version, checkpoint_id, kind, layer_id, tag, timestamp,
         priority, summary, content``, tensors on the CPU.
 
         ``id_or_tag`` is a tag, for the newest with it (of the layer ``layer_id``, where given), or an identifier.
-        ``max_bytes`` bounds the tensors, which are refused unread above it.
+        ``max_bytes`` bounds the tensors, which are refused unread above it. ``check(header, content)`` is called
+        before any tensor is read, when only the metadata are verified: the content's tensors are on the device
+        "meta", with dtype and shape but without memory. What it raises is raised.
+
+        A tag whose newest is damaged is an error, :class:`CheckpointDamaged`: an older one is not taken in its
+        place, :meth:`CheckpointRecovery.recover_layer` does that. InvalidCheckpointId for an identifier of another
+        layer than ``layer_id``.
         """
         checked_id(id_or_tag)
+        checked = None if check is None else lambda header, content: check(header, content.get("content"))
         for _ in range(PATIENCE):
-            found = self.list_layers(id_or_tag, layer_id)
+            found = self._newest_of(id_or_tag, layer_id)
             try:
-                header, content = self._read(found[0]["checkpoint_id"] if found else id_or_tag, max_bytes)
+                header, content = self._read(found or id_or_tag, max_bytes, checked)
                 break
             except CheckpointNotFound:
                 if not found and not self._catalog.settled(lambda: self.list_layers(id_or_tag, layer_id)):
@@ -205,7 +227,32 @@ class CheckpointManager:
             raise CheckpointNotFound(id_or_tag)
         if header["kind"] != LAYER:
             raise InvalidCheckpointId(f"{id_or_tag} is the checkpoint of a seed: use restore_checkpoint")
+        if layer_id not in (None, header["layer_id"]):
+            raise InvalidCheckpointId(
+                f"{id_or_tag} is a checkpoint of the layer {header['layer_id']}, not of {layer_id}"
+            )
         return header | content
+
+    def _newest_of(self, tag: str, layer_id: str | None) -> str | None:
+        """The identifier; its error where the newest cannot be read, as far as its name tells that it is one of these."""
+        of_line = re.compile(
+            rf"{'.+' if layer_id is None else re.escape(layer_id)}_{re.escape(tag)}_([0-9]{{1,16}})_.*"
+        )
+        found: list[dict[str, Any]] = []
+        for name, entry in self._catalog.scan():
+            if not isinstance(entry, Exception):
+                if entry["tag"] == tag and layer_id in (None, entry["layer_id"]):
+                    found.append(entry)
+            elif parts := of_line.fullmatch(name):
+                found.append({"checkpoint_id": name, "timestamp": int(parts[1]), "error": entry})
+        newest = max(found, key=age_of, default={"checkpoint_id": None})
+        error = newest.get("error")
+        if isinstance(error, CheckpointDamaged):
+            advice = "CheckpointRecovery(manager).recover_layer finds the newest that is whole"
+            raise type(error)(error.checkpoint_id, error.file, f"{error.reason} ({advice})")
+        if error is not None:
+            raise error
+        return newest["checkpoint_id"]
 
     def list_layers(self, tag: str, layer_id: str | None = None) -> list[Entry]:
         """Entries of a tag (of the layer ``layer_id``, where given), newest first."""
@@ -236,7 +283,8 @@ class CheckpointManager:
     def delete_checkpoint(self, checkpoint_id: str, archive: bool = False) -> bool:
         """Remove a checkpoint, archived or not, or move it to the archive; whether there was one.
 
-        Others see all of it or nothing. False, too, for what is no identifier.
+        Others see all of it or nothing. False, too, for what is no identifier, and for directories and files
+        that are no checkpoints, whatever their names.
         """
         try:
             checked_id(checkpoint_id)
@@ -245,8 +293,19 @@ class CheckpointManager:
             return False
         self.metadata_cache.pop(checkpoint_id, None)
         if archive:
-            return move_directory(self.checkpoint_dir, checkpoint_id, self.archive_dir)
-        return any(remove_directory(root, checkpoint_id) for root in (self.checkpoint_dir, self.archive_dir))
+            if self.archive_dir.is_symlink():
+                raise NotADirectoryError(errno.ENOTDIR, "the archive is a symbolic link", str(self.archive_dir))
+            one = is_checkpoint(self.checkpoint_dir / checkpoint_id)
+            return one and move_directory(self.checkpoint_dir, checkpoint_id, self.archive_dir)
+        return any(
+            is_checkpoint(root / checkpoint_id) and remove_directory(root, checkpoint_id, durable=True)
+            for root in self.roots()
+        )
+
+    def roots(self) -> list[Path]:
+        """The directory, and the archive unless it is a link: that could lead anywhere."""
+        archive = self.archive_dir
+        return [self.checkpoint_dir] if archive.is_symlink() else [self.checkpoint_dir, archive]
 
     def prune(self, keep: int | None = None) -> list[str]:
         """Apply retention to everything, with ``keep`` in place of ``max_checkpoints_per_seed``; the identifiers of what
@@ -260,8 +319,10 @@ class CheckpointManager:
         """Read all of a checkpoint of any kind; the errors of :meth:`restore_checkpoint`."""
         self._read(checkpoint_id, max_bytes)
 
-    def scan(self) -> Iterator[tuple[str, Entry | CheckpointDamaged]]:
-        """Each checkpoint's identifier with its entry, or with what is wrong with its metadata."""
+    def scan(self) -> Iterator[tuple[str, Found]]:
+        """Each checkpoint's identifier with its entry, or with what is wrong with its metadata: CheckpointDamaged, or the
+        system's OSError where it cannot be read.
+        """
         return self._catalog.scan()
 
     # ---- what the methods share ------------------------------------------------------------------
@@ -276,31 +337,40 @@ class CheckpointManager:
     ) -> str:
         checkpoint_id = checkpoint_id or f"{prefix}{header['timestamp']}_{secrets.token_hex(4)}"
         format.write(self.checkpoint_dir, checkpoint_id, header, content, progress=progress)
-        group = self._group(prefix, group_of(header))
+        try:
+            group = self._group(prefix, group_of(header))
+        except OSError as error:  # the save itself is done
+            log.warning("after checkpoint %s was saved: %s", checkpoint_id, error)
+            return checkpoint_id
         removed = self._remove(in_excess(group, self.max_checkpoints_per_seed))
         if checkpoint_id in removed:
-            log.warning(
-                "checkpoint %s (%s) was removed at once: %d of higher priority take all places",
-                checkpoint_id,
-                header["priority"],
-                len(group) - len(removed),
+            text = (
+                f"checkpoint {checkpoint_id} ({header['priority']}) was removed at once: "
+                f"{len(group) - len(removed)} of higher priority take all places"
             )
+            log.warning(text)
+            warnings.warn(text, UserWarning, stacklevel=3)
         return checkpoint_id
 
     def _next_timestamp(self, prefix: str, group: tuple[Any, ...]) -> int:
-        newest = max((entry["timestamp"] for entry in self._group(prefix, group)), default=-1)
-        return _later_than(newest)
+        try:
+            known = [entry["timestamp"] for entry in self._group(prefix, group)]
+        except OSError as error:
+            raise CheckpointSaveError.because(f"{prefix}...", error) from error
+        return _later_than(max(filter(plausible, known), default=-1))
 
     def _group(self, prefix: str, group: tuple[Any, ...]) -> list[Entry]:
         """Entries of one line. Identifiers tell most of it, so that a save does not read the metadata of all others."""
         return [entry for entry in self._catalog.entries(prefix) if group_of(entry) == group]
 
-    def _read(self, checkpoint_id: str, max_bytes: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _read(
+        self, checkpoint_id: str, max_bytes: int | None = None, check: format.Check | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Header (with version and identifier) and content, from the directory or the archive."""
         checked_id(checkpoint_id)
-        for root in (self.checkpoint_dir, self.archive_dir):
+        for root in self.roots():
             try:
-                return read_any(root, checkpoint_id, max_bytes)
+                return read_any(root, checkpoint_id, max_bytes, check)
             except CheckpointNotFound:
                 continue
         raise CheckpointNotFound(f"{checkpoint_id} (in {self.checkpoint_dir})")
@@ -317,7 +387,8 @@ class CheckpointManager:
 
 
 _clock = threading.Lock()
-os.register_at_fork(before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release)
 _last_timestamp = -1
 
 
@@ -326,7 +397,12 @@ def _later_than(newest: int) -> int:
     global _last_timestamp
     with _clock:
         _last_timestamp = max(time.time_ns() // 1_000_000, _last_timestamp + 1)
-        return max(_last_timestamp, newest + 1)
+        timestamp = max(_last_timestamp, newest + 1)
+    if timestamp > MAX_TIMESTAMP:
+        raise CheckpointSaveError(
+            errno.EOVERFLOW, f"the clock shows {timestamp} ms, at most {MAX_TIMESTAMP} can be saved"
+        )
+    return timestamp
 
 
 def _timestamp_in(checkpoint_id: str, prefix: str) -> int:

@@ -10,6 +10,7 @@ import torch
 
 from kasmina_ext.checkpoint.catalog import PATIENCE, Entry
 from kasmina_ext.checkpoint.errors import CheckpointError, CheckpointNotFound
+from kasmina_ext.checkpoint.files import UNREADABLE
 from kasmina_ext.checkpoint.manager import CheckpointManager
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,9 @@ class CheckpointRecovery:
         """The same for a whole layer's tag, as :meth:`CheckpointManager.load_layer` gives it."""
         manager = self.checkpoint_manager
         return self._newest_whole(
-            lambda: manager.list_layers(tag, layer_id), manager.load_layer, f"layer {layer_id or '(any)'}, tag {tag}"
+            lambda: manager.list_layers(tag, layer_id),
+            lambda checkpoint_id: manager.load_layer(checkpoint_id, layer_id),
+            f"layer {layer_id or '(any)'}, tag {tag}",
         )
 
     def validate_checkpoint_integrity(self, checkpoint_id: str) -> tuple[bool, str | None]:
@@ -63,7 +66,9 @@ class CheckpointRecovery:
                     return restore(checkpoint_id)
                 except CheckpointNotFound:  # removed meanwhile: there may be newer ones than this list knows
                     vanished = True
-                except CheckpointError as error:
+                except (CheckpointError, OSError) as error:
+                    if not isinstance(error, CheckpointError) and error.errno not in UNREADABLE:
+                        raise
                     log.warning("%s", error)
                     damaged.add(checkpoint_id)
             if not vanished:

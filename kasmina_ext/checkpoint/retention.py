@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kasmina_ext.checkpoint.header import LAYER, PRIORITIES
+from kasmina_ext.checkpoint.header import LAYER, PRIORITIES, age_of
 
 
 def group_of(entry: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -29,5 +29,5 @@ def in_excess(entries: Iterable[dict[str, Any]], keep: int) -> list[dict[str, An
     return excess
 
 
-def _worth(entry: Mapping[str, Any]) -> tuple[int, int, str]:
-    return PRIORITIES.index(entry["priority"]), entry["timestamp"], entry["checkpoint_id"]
+def _worth(entry: Mapping[str, Any]) -> tuple[int, bool, int, str]:
+    return PRIORITIES.index(entry["priority"]), *age_of(entry)

@@ -153,15 +153,21 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: boo
     in ``state_dict``, in ``model`` or in both. A name that the model has as it is written is never
     changed. Arguments, result and errors are those of :meth:`torch.nn.Module.load_state_dict`.
     """
-    renamed: OrderedDict[str, Any] = OrderedDict()
-    for key, value in state_dict.items():
-        name = _name_in(model, key)
-        renamed[key if name in renamed or (name != key and name in state_dict) else name] = value
+    renamed = renamed_for(model, state_dict)
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:  # versions of modules, by the modules' names
         places = (_name_in(model, f"{name}." if name else "").removesuffix(".") for name in metadata)
         renamed._metadata = OrderedDict(zip(places, metadata.values(), strict=True))
     return model.load_state_dict(renamed, strict=strict, assign=assign)
+
+
+def renamed_for(model: nn.Module, tensors: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """``tensors`` with the names that they have in ``model``; two never become one."""
+    renamed: OrderedDict[str, Any] = OrderedDict()
+    for key, value in tensors.items():
+        name = _name_in(model, key)
+        renamed[key if name in renamed or (name != key and name in tensors) else name] = value
+    return renamed
 
 
 def _name_in(model: nn.Module, key: str) -> str:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kasmina_ext.checkpoint.content import JSON, to_text
 from kasmina_ext.checkpoint.files import NewFile, OpenFile
@@ -25,7 +25,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -55,9 +54,13 @@ class TensorFileError(ValueError):
 
 def table_of(tensors: Mapping[str, Tensor]) -> Table:
     """Of tensors on any device, the widest types first so that all are aligned; TypeError for a kind that the format
-    lacks.
+    lacks, and for subclasses (sharded, fake, quantized, ... ones), which may have no memory of their own.
     """
     for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise TypeError(f"{name} is a {type(tensor).__name__}, which cannot be saved: only plain tensors can")
+        if tensor.is_nested:
+            raise TypeError(f"{name} is a nested tensor, which cannot be saved")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _NAMES:
             kind = "meta" if tensor.is_meta else str(tensor.dtype).removeprefix("torch.")
             if tensor.layout != torch.strided:
@@ -160,6 +163,17 @@ def read_tensors(file: OpenFile, table: Table) -> dict[str, Tensor]:
     return tensors
 
 
+def meta_tensors(table: Table) -> dict[str, Tensor]:
+    """Of these types and shapes, without memory; :class:`TensorFileError` for what torch cannot make."""
+    tensors = {}
+    for name, (dtype, shape) in table.items():
+        try:
+            tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        except RuntimeError as error:
+            raise TensorFileError(f"tensor {name!r} cannot be made: {str(error)[:200]}") from None
+    return tensors
+
+
 def check_values(tensors: Mapping[str, Tensor]) -> None:
     """:class:`TensorFileError` for a bool that is neither 0 nor 1: kernels may do anything with it."""
     for name, tensor in tensors.items():
@@ -172,6 +186,8 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     count = tensor.numel() * tensor.element_size()
     if not count:
         return memoryview(b"")
+    if not tensor.data_ptr():
+        raise TypeError(f"a tensor of shape {list(tensor.shape)} has no memory of its own")
     memory = (ctypes.c_char * count).from_address(tensor.data_ptr())
     memory.owner = tensor
     return memoryview(memory).cast("B")

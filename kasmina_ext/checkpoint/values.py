@@ -110,5 +110,16 @@ def _comparable(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() and value.dtype.itemsize < 4 else value
 
 
+def oddity_of(tensor: Tensor) -> str | None:
+    """Why no checkpoint can hold this tensor, said as the end of a sentence; None where one can."""
+    if hasattr(tensor, "placements"):
+        return "is sharded: use torch.distributed.checkpoint with its state_dict"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"is a {type(tensor).__name__}, no plain tensor"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "is nested or sparse"
+    return "is on the meta device: to_empty first" if tensor.is_meta else None
+
+
 def _has_values(value: Tensor) -> bool:
     return type(value) in (Tensor, nn.Parameter) and not value.is_meta
