@@ -1,11 +1,14 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
-from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext import compat, distributed, flags, ops, reference, telemetry
 from kasmina_ext.activations import record_activations
 from kasmina_ext.calibrate import CalibrationReport, calibrate_
+from kasmina_ext.checkpoint import CheckpointError, CheckpointManager, CheckpointRecovery
+from kasmina_ext.checkpoint.state_dict import load_state_dict
 from kasmina_ext.chunking import ChunkManager
 from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
+from kasmina_ext.distributed import prepare_ddp
 from kasmina_ext.fold import FoldError, absorb, fold_, fold_report, unfold_
 from kasmina_ext.grafting import (
     GRAFTING_STRATEGIES,
@@ -32,13 +35,16 @@ from kasmina_ext.state import ExtendedStateTensor, StateVar
 from kasmina_ext.telemetry import potential
 
 __all__ = [
-    "GRAFTING_STRATEGIES",
     "AlphaSchedule",
     "CalibrationReport",
+    "CheckpointError",
+    "CheckpointManager",
+    "CheckpointRecovery",
     "ChunkManager",
     "ExtendedLifecycle",
     "ExtendedStateTensor",
     "FoldError",
+    "GRAFTING_STRATEGIES",
     "GraftingConfig",
     "GraftingContext",
     "GraftingStrategy",
@@ -59,13 +65,16 @@ __all__ = [
     "create_grafting_strategy",
     "credit",
     "default_policy",
+    "distributed",
     "explain_verdicts",
     "flags",
     "fold_",
     "fold_report",
+    "load_state_dict",
     "ops",
     "param_groups",
     "potential",
+    "prepare_ddp",
     "record_activations",
     "reference",
     "removal_cost",

@@ -36,6 +36,13 @@ def integer(name: str, value: Any) -> int:
     return value.__index__()
 
 
+def at_least(name: str, value: Any, lowest: int) -> int:
+    """``value`` as an int; ValueError for what is none, or below ``lowest``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < lowest:
+        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+    return value.__index__()
+
+
 def positive(name: str, value: Any) -> int:
     """:func:`integer`; ValueError below 1."""
     value = integer(name, value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kasmina_ext import reference
+from kasmina_ext.chunking import chunk_offsets
 from kasmina_ext.grafting import GraftingStrategy
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.state_layout import StateVar
@@ -32,20 +33,21 @@ class Blueprints:
 
     def __init__(self, layer: KasminaLayer) -> None:
         self._layer = layer
+        sizes = chunk_offsets(layer.hidden_dim, layer.num_seeds, layer.chunking).diff()
+        self.owned_features = int(sizes.sum())
+        self.owners = int((sizes > 0).sum())
+        """Seeds that own features: with more seeds than features not all do."""
         self.snapshots: list[Tensor] = []
         """``[P, H]`` copies of the bank, the older one first."""
 
     @property
     def total_parameters(self) -> int:
         """If all seeds used the layer's strategy."""
-        owned = self._layer.hidden_dim if self._layer.chunking == "balanced" else None
-        if owned is None:
-            owned = self._layer.num_seeds * self._layer.chunk_size
-        return owned * self._layer.strategy.rows
+        return self.owned_features * self._layer.strategy.rows
 
     def take_snapshot(self) -> None:
         """Of the bank as it is; the last two are kept."""
-        self.snapshots = [*self.snapshots[-1:], self._layer.blueprint_weights.detach().clone()]
+        self.snapshots = [*self.snapshots[-1:], self._layer.whole_bank().clone()]
 
     def traits(self) -> Traits:
         """Waits for nothing."""
@@ -54,7 +56,7 @@ class Blueprints:
         owner, owned = reference.feature_owner(buffers["seed_offsets"], self._layer.hidden_dim)
         strategy = state[StateVar.GRAFTING_STRATEGY][owner]
         blueprint = state[StateVar.BLUEPRINT_ID][owner]
-        slope, shift, finite = _as_change(self._layer.blueprint_weights.detach(), blueprint, strategy)
+        slope, shift, finite = _as_change(self._layer.whole_bank(), blueprint, strategy)
         columns = [slope * slope, slope * shift, shift * shift, ~finite]
         if len(self.snapshots) == 2:
             before = self.snapshots[0].to(owner.device, non_blocking=True)

@@ -81,8 +81,8 @@ def _described_by(module: nn.Module) -> tuple[int, int] | None:
         value = getattr(module, name, None)
         if name == "normalized_shape" and isinstance(value, (tuple, list)) and value:
             value = value[-1]
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value, feature_dim
+        if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):  # NumPy's integers, too
+            return value.__index__(), feature_dim
     return None
 
 
@@ -113,11 +113,27 @@ def chunk_offsets(hidden_dim: int, num_seeds: int, chunking: str) -> Tensor:
 
 
 class ChunkStatistics(NamedTuple):
-    """Of every row and chunk, ``[..., num_chunks]``; float32, or float64 for float64 input."""
+    """Of every row and chunk, ``[..., num_chunks]``; float32, or float64 for float64 input.
+
+    A pair, ``mean, variance = statistics``, that is also read by name, ``statistics["mean"]``.
+    """
 
     mean: Tensor
     variance: Tensor
     """Biased: divided by the number of elements."""
+
+    def __getitem__(self, key: str | int | slice) -> Tensor | tuple[Tensor, ...]:
+        if isinstance(key, str):
+            if key not in self._fields:
+                raise KeyError(f"{key!r}; known are {', '.join(self._fields)}")
+            return getattr(self, key)
+        return tuple.__getitem__(self, key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._fields
+
+    def keys(self) -> tuple[str, ...]:
+        return self._fields
 
 
 class ChunkManager:

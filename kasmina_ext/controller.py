@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,17 +15,18 @@ from torch.optim import Optimizer
 
 from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.blueprints import Blueprints
-from kasmina_ext.credit import Credit, grafted, measured_credit
-from kasmina_ext.culling import Expendable, find_expendable
+from kasmina_ext.distributed import merged_telemetry
+from kasmina_ext.evaluation import Evaluation, judge
 from kasmina_ext.events import EventLog, Sink
-from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict
-from kasmina_ext.measure import Layers, Layout, LossFunction, Measurement, roots_of, seed_layers
+from kasmina_ext.growth_state import FORMAT, taken_from
+from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict, begins_or_ends
+from kasmina_ext.measure import Layers, Layout, LossFunction, roots_of, seed_layers
 from kasmina_ext.policy import (
     MEASURED_NUMBERS,
     NUMBERS,
     STAY,
     GrowthConfig,
-    Measured,
     Policy,
     Seeds,
     alive_in,
@@ -31,40 +34,18 @@ from kasmina_ext.policy import (
     decided_by,
     default_policy,
 )
-from kasmina_ext.state_layout import NO_ID, StateVar
+from kasmina_ext.ranks import Ranks
+from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, NO_ID, StateVar
 from kasmina_ext.telemetry import potential
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _S = ExtendedLifecycle
-_FORMAT = 1
-# On entering these, what an optimizer remembers of the blueprint has no meaning any more.
-_RESETTING = (_S.GERMINATED, _S.FOSSILIZED, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What :meth:`GrowthController.evaluate` found and did."""
-
-    loss: float
-    """Of the batches, after what was culled has gone."""
-    loss_before: float
-    """As the seeds were."""
-    loss_without: float
-    """With no seed at all."""
-    advanced: int
-    fossilized: int
-    culled: int
-    """Rolled back ones included."""
-    alive: int
-    """GERMINATED to FOSSILIZED, afterwards."""
-    credit: Credit | None
-    """Of the seeds as they were; None where the settings say ``points=0``."""
-
-    def __str__(self) -> str:
-        text = (
-            f"loss {self.loss:.6g}, before culling {self.loss_before:.6g}, without seeds {self.loss_without:.6g}; "
-            f"{self.advanced} advanced, {self.fossilized} fossilized, {self.culled} culled, {self.alive} alive"
-        )
-        return text if self.credit is None else f"{text}\n{self.credit}"
+_drivers: WeakKeyDictionary[KasminaLayer, ref[GrowthController]] = WeakKeyDictionary()
+"""Who drives a layer."""
 
 
 class GrowthController:
@@ -91,13 +72,27 @@ class GrowthController:
         config: a :class:`~kasmina_ext.policy.GrowthConfig`; its fields may also be given as keywords.
         policy: a function to decide instead of the default policy: see
             :data:`~kasmina_ext.policy.Policy`. It sees all seeds, in every tick and evaluation.
-        log: a file for the event log (JSON lines are appended), or a function of each event's dict.
+        log: a file for the event log (JSON lines are appended; OSError where it cannot be opened), or
+            a function of each event's dict. If it raises later, the error comes out of the call that
+            was to write, once, when all else of it is done; events wait for the next one that works.
+        process_group: the processes that train the same network: by default, where torch.distributed is
+            initialized, all of the job. False: this one alone.
+
+    ValueError for a layer whose bank is parametrized (or flattened by FSDP1): no seed could germinate in
+    it. One layer wants one controller: there is a warning where another that is still alive drives it
+    already.
 
     The decisions of a tick are one batch of requests for each layer, judged on the device by the
     rules. The controller ticks in the place of ``layer.step_lifecycle()``: do not call both; alpha
     ramps where a layer has an ``alpha_schedule``. Two runs with the same seeds, data and settings
-    decide alike. Telemetry must be on: without it nothing germinates. Ranks of a distributed job
-    see different gradients: give them the same telemetry, or let one decide.
+    decide alike. Telemetry must be on: without it nothing germinates.
+
+    In a job of several processes every rank has a controller, and all decide alike: ticks go by the
+    telemetry, losses and reconstruction losses of all ranks, evaluations by the held-out batches of
+    all, of which each brings equally many of its own; the first rank's decision counts, and only it
+    writes the log. So all ranks must call :meth:`step` and :meth:`evaluate` equally often. A sharded
+    bank (FSDP2) is gathered in each tick. For one rank to decide alone, give it
+    ``process_group=False`` and tell the others by :func:`kasmina_ext.distributed.sync_lifecycle`.
     """
 
     def __init__(
@@ -108,6 +103,7 @@ class GrowthController:
         *,
         policy: Policy | None = None,
         log: Sink = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
         self._roots = roots_of(layers)
@@ -126,15 +122,37 @@ class GrowthController:
         """Calls of :meth:`step`."""
         self.ticks = 0
         self._layout = Layout(self.layers)
+        self._process_group = process_group
+        self._known_alike = False
+        self._check_banks()
+        log = log if Ranks(process_group).rank == 0 else None
         self._log = EventLog(log, {name: layer.num_seeds for name, layer in named.items()}, decided_by(self.policy))
         self._blueprints = [Blueprints(layer) for layer in self.layers]
         self._ramp = self.rules.least_epochs(_S.GRAFTING, _S.STABILIZATION) or 0
         self._budget = self.config.budget
-        self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+        self._watch()
         self._reconstruction: list[Tensor] | None = None
         self._losses = torch.zeros(2, dtype=torch.float64, device=self._layout.device)
         self._lives = torch.zeros(self._layout.total, dtype=torch.int32, device=self._layout.device)
         self._random = torch.Generator(self._layout.device)
+        self._take_over()
+
+    def _check_banks(self) -> None:
+        for name, layer in zip(self.names, self.layers, strict=True):
+            try:
+                layer.check_own_bank()
+            except RuntimeError as error:
+                raise ValueError(f"layer {name!r} cannot grow: {error}") from None
+
+    def _take_over(self) -> None:
+        for name, layer in zip(self.names, self.layers, strict=True):
+            other = _drivers.get(layer)
+            if other is not None and other() is not None:
+                warnings.warn(
+                    f"layer {name!r} is driven by another controller that is still alive: if both go on, it ticks twice",
+                    stacklevel=3,
+                )
+            _drivers[layer] = ref(self)
 
     # ---- in training -------------------------------------------------------------------------------------------------
 
@@ -154,7 +172,7 @@ class GrowthController:
     @property
     def _total_price(self) -> int:
         if self.config.budget_in == "seeds":
-            return self._layout.total
+            return sum(blueprints.owners for blueprints in self._blueprints)
         return sum(blueprints.total_parameters for blueprints in self._blueprints)
 
     def step(self, loss: Tensor | float | None = None, reconstruction: Tensor | Sequence[Tensor] | None = None) -> bool:
@@ -166,7 +184,7 @@ class GrowthController:
         mean and variance of what the seeds saw, which is exact for neutral blueprints.
 
         Never waits for a CUDA device as long as losses and layers lie on it. (A policy of your own
-        may; so may a log file's disk, at ticks only.)
+        may; so may a log file's disk; so does, of several processes, the first tick.)
         """
         with torch.no_grad():
             self.steps += 1
@@ -179,13 +197,14 @@ class GrowthController:
                 if [tuple(each.shape) for each in given] != [(layer.num_seeds,) for layer in self.layers]:
                     raise ValueError("reconstruction must be one tensor [S] for each layer")
                 self._reconstruction = [each.detach().double() for each in given]
-            self._log.poll()
-            if self.steps % self.config.tick_every:
-                return False
-            self._tick()
-            return True
+            ticks = self.steps % self.config.tick_every == 0
+            if ticks:
+                self._tick()
+            self._log.poll()  # last: if the log fails, nothing else is half done
+            return ticks
 
     def _tick(self) -> None:
+        self._check_banks()
         self.ticks += 1
         for layer in self.layers:
             buffers = layer._buffers
@@ -203,12 +222,28 @@ class GrowthController:
             for blueprints in self._blueprints:
                 blueprints.take_snapshot()
         until = self.config.until
-        self._decide(self._seeds(germinates=watched and (until is None or self.ticks <= until)))
+        with self._together() as ranks:
+            self._decide(self._seeds(ranks, germinates=watched and (until is None or self.ticks <= until)), ranks)
         if watched:
-            # From here on, what the gradient says to the network as it has become.
-            self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+            self._watch()
         self._losses.zero_()
         self._reconstruction = None
+
+    def _watch(self) -> None:
+        """From here on, what the gradient says to the network as it has become."""
+        self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
+        self._resets = [layer.telemetry_resets for layer in self.layers]
+
+    def _watched_since(self) -> list[Tensor]:
+        """Of each layer, zeros where its telemetry has begun afresh since: then all of it counts."""
+        return [
+            seen if layer.telemetry_resets == resets else torch.zeros_like(seen)
+            for layer, seen, resets in zip(self.layers, self._watched, self._resets, strict=True)
+        ]
+
+    def flush(self) -> None:
+        """Write all events that the log still waits for. Waits for the device; raises what the log raises."""
+        self._log.flush()
 
     # ---- on held-out batches -----------------------------------------------------------------------------------------
 
@@ -219,64 +254,32 @@ class GrowthController:
         their mean. They are kept in memory meanwhile. Passes through the network, each over all
         batches: two forward, and ``points`` forward and backward for the credit; then in every round
         of the culling one forward and backward, and one forward for each of ``exact`` candidates and
-        for each proposal. Nothing but the seeds' states is touched, and the moments of blueprints
-        that end: see :func:`kasmina_ext.credit`.
+        for each proposal; where a loss is not finite, a few more to find the seeds at fault. Nothing
+        but the seeds' states is touched, and the moments and ``.grad`` of blueprints that end: see
+        :func:`kasmina_ext.credit`.
+
+        Batches (or samples) whose loss is not finite without any seed are left out, and counted in
+        the result; if that is all of them, nothing is judged, as it says. A seed with which a loss is
+        not finite, and without which it is, goes at once.
         """
-        with torch.no_grad():
-            seeds = self._seeds(germinates=False)
-            with Measurement(self._roots, batches, loss_fn) as measurement:
-                if measurement.num_batches < 2:
-                    raise ValueError("evaluate needs at least 2 batches to tell what is chance; split the one given")
-                alpha = measurement.alpha
-                before, without = measurement.losses(alpha), measurement.losses(0 * alpha)
-                account = None
-                if self.config.points:
-                    account = measured_credit(measurement, without - before, self.config.points)
-                found = self._cull(measurement, seeds)
-            loss, loss_without = found.losses.mean().item(), without.mean().item()
-            measured = Measured(
-                cost=found.cost,
-                error=found.error,
-                expendable=found.removed,
-                group_cost=found.group_cost,
-                group_error=found.group_error,
-                credit=found.cost * torch.nan if account is None else self._layout.join(account.mean),
-                error_rate=found.nonfinite / measurement.num_batches,
-                improvement=1 - loss / loss_without if loss_without else 0.0,
-            )
-            entered = self._decide(dataclasses.replace(seeds, measured=measured))
+        self._check_banks()
+        with torch.no_grad(), self._together() as ranks:
+            seeds = self._seeds(ranks, germinates=False)
+            found = judge(self._roots, batches, loss_fn, seeds, ranks)
+            entered = self._decide(dataclasses.replace(seeds, measured=found.measured), ranks)
             counts = torch.stack([(entered == state).sum() for state in range(len(_S))]).tolist()
             alive = int(alive_in(self._lifecycles()).sum())
-        self._log.flush()
+        self._log.poll(wait=True)
         return Evaluation(
-            loss=loss,
-            loss_before=before.mean().item(),
-            loss_without=loss_without,
+            loss=found.loss,
+            loss_before=found.loss_before,
+            loss_without=found.loss_without,
             advanced=counts[_S.FINE_TUNING],
             fossilized=counts[_S.FOSSILIZED],
             culled=counts[_S.CULLED] + counts[_S.ROLLED_BACK],
             alive=alive,
-            credit=account,
-        )
-
-    def _cull(self, measurement: Measurement, seeds: Seeds) -> Expendable:
-        """Who is expendable, and who must go since the budget has shrunk."""
-        in_output = grafted(seeds.lifecycle)
-        # What has no part in the output yet goes first.
-        waiting = seeds.among(_S.GERMINATED, _S.TRAINING) & seeds.may(_S.CANCELLED)
-        surplus = -int(seeds.room) - int(torch.where(waiting, seeds.price, 0).sum())
-        removable = seeds.may(_S.CULLED)
-        if surplus > 0:
-            removable |= seeds.may(_S.ROLLED_BACK)
-        return find_expendable(
-            measurement,
-            alive=in_output,
-            candidates=in_output & removable,
-            z=self.config.z,
-            share=self.config.group,
-            exact=self.config.exact,
-            prices=seeds.price,
-            surplus=surplus,
+            credit=found.credit,
+            left_out=found.left_out,
         )
 
     # ---- going on later ----------------------------------------------------------------------------------------------
@@ -285,68 +288,76 @@ class GrowthController:
         """All that the controller knows beside the layers' own buffers, for :meth:`load_state_dict`; events still on
         their way are written first. Copies on the CPU, safe for ``torch.load(weights_only=True)``. Waits for the device.
         """
-        self._log.flush()
+        self._log.poll(wait=True)
+        return self._state(lambda tensor: tensor.detach().to("cpu", copy=True))
 
-        def kept(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
+    def _state(self, kept: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """:meth:`state_dict` of tensors as ``kept`` makes them; does not wait for the device itself."""
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "config": self.config.as_dict(),
-            "layers": {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)},
+            "layers": self._layer_sizes(),
             "budget": self._budget,
             "steps": self.steps,
             "ticks": self.ticks,
-            "lives": kept([self._lives])[0],
-            "losses": kept([self._losses])[0],
-            "watched": kept(self._watched),
-            "reconstruction": None if self._reconstruction is None else kept(self._reconstruction),
-            "snapshots": [kept(blueprints.snapshots) for blueprints in self._blueprints],
+            "lives": kept(self._lives),
+            "losses": kept(self._losses),
+            "watched": [kept(tensor) for tensor in self._watched_since()],
+            "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
+            "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
         }
+
+    def _layer_sizes(self) -> dict[str, int]:
+        return {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, with the settings and the policy of this controller.
 
         Layers and optimizer are loaded on their own. ValueError, and nothing changed, for a state
-        of other layers or another format.
+        of other layers or another format, or one that is damaged.
         """
-        if state.get("format") != _FORMAT:
-            raise ValueError(f"this is no controller's state of format {_FORMAT}")
-        layers = {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)}
-        if dict(state["layers"]) != layers:
-            raise ValueError(f"the state is of layers {dict(state['layers'])}, the controller drives {layers}")
-        shapes = [tuple(layer.blueprint_weights.shape) for layer in self.layers]
-        for shape, snapshots in zip(shapes, state["snapshots"], strict=True):
-            if any(tuple(snapshot.shape) != shape for snapshot in snapshots):
-                raise ValueError("the state's snapshots are of other banks")
+        taken = self._checked(state)
+        self._budget, self.steps, self.ticks = taken["budget"], taken["steps"], taken["ticks"]
+        self._lives, self._losses, self._watched = taken["lives"], taken["losses"], taken["watched"]
+        self._reconstruction = taken["reconstruction"]
+        self._resets = [layer.telemetry_resets for layer in self.layers]
+        for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
+            blueprints.snapshots = of_layer
 
-        def moved(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.to(layer.device, copy=True) for tensor, layer in zip(tensors, self.layers, strict=True)]
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
+        self._checked(state)
 
-        self._budget = checked_budget(state["budget"])
-        self.steps, self.ticks = int(state["steps"]), int(state["ticks"])
-        self._lives = state["lives"].to(self._layout.device, copy=True)
-        self._losses = state["losses"].to(self._layout.device, copy=True)
-        self._watched = moved(state["watched"])
-        given = state["reconstruction"]
-        self._reconstruction = None if given is None else moved(given)
-        for blueprints, layer, snapshots in zip(self._blueprints, self.layers, state["snapshots"], strict=True):
-            blueprints.snapshots = [snapshot.to(layer.device, copy=True) for snapshot in snapshots]
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return taken_from(state, self.layers, self._layer_sizes(), self._lives, self._losses, self._watched)
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
-    def _seeds(self, *, germinates: bool) -> Seeds:
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[Ranks]:
+        """Who decides. Inside, the layers' telemetry is that of all of them."""
+        ranks = Ranks(self._process_group)
+        if not self._known_alike:  # once: it waits for the device
+            sizes = ", ".join(f"{name}: {size}" for name, size in self._layer_sizes().items())
+            ranks.agree("layers and steps", f"{sizes} seeds at step {self.steps}")
+            self._known_alike = True
+        with merged_telemetry(self.layers, self._process_group):
+            yield ranks
+
+    def _seeds(self, ranks: Ranks, *, germinates: bool) -> Seeds:
         """What the policy is to see."""
         layout = self._layout
         state = layout.buffer("state").clone()
         self._follow_layers()
+        since = layout.split(ranks.total(layout.join(self._watched_since())))
+        losses = ranks.total(self._losses)
         traits = [blueprints.traits() for blueprints in self._blueprints]
         parameters, reconstruction, stability, nonfinite = (
             layout.join([getattr(trait, name) for trait in traits])
             for name in ("parameters", "reconstruction", "stability", "nonfinite")
         )
         if self._reconstruction is not None:
-            reconstruction = layout.join(self._reconstruction)
+            reconstruction = ranks.total(layout.join(self._reconstruction)) / ranks.size
         return Seeds(
             layer=self._layer_numbers(),
             lifecycle=state[StateVar.LIFECYCLE_STATE],
@@ -355,9 +366,7 @@ class GrowthController:
             lives=self._lives.clone(),
             alpha=layout.buffer("alpha").clone(),
             parameters=parameters,
-            potential=layout.join(
-                [potential(layer, since) for layer, since in zip(self.layers, self._watched, strict=True)]
-            ),
+            potential=layout.join([potential(layer, seen) for layer, seen in zip(self.layers, since, strict=True)]),
             activations=layout.buffer("telemetry").clone(),
             reconstruction=reconstruction,
             stability=stability,
@@ -367,7 +376,7 @@ class GrowthController:
             budget=self.budget,
             tick=self.ticks,
             step=self.steps,
-            loss=self._losses[0] / self._losses[1],
+            loss=losses[0] / losses[1],
             germinates=germinates,
             config=self.config,
             _random=self._random,
@@ -390,12 +399,14 @@ class GrowthController:
         device = self._layout.device
         return torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self._layout.sizes)])
 
-    def _decide(self, seeds: Seeds) -> Tensor:
+    def _decide(self, seeds: Seeds, ranks: Ranks) -> Tensor:
         """Ask the policy, request what it wants, log what came of it: int32 ``[T]``, the states entered, else -1."""
         wanted = self.policy(seeds)
-        if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or wanted.is_floating_point():
+        if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or not _of_integers(wanted):
             raise TypeError(f"a policy must return integers [{self._layout.total}], one for each seed")
-        wanted = self._within_budget(seeds, wanted.to(seeds.lifecycle.dtype))
+        # What fits into no int32 is no state either; it must not wrap to one.
+        wanted = wanted.long().clamp(INT32_MIN, INT32_MAX).to(seeds.lifecycle.dtype)
+        wanted = ranks.broadcast(self._within_budget(seeds, wanted))
         verdicts = []
         for layer, targets in zip(self.layers, self._layout.split(wanted), strict=True):
             every = torch.arange(layer.num_seeds, dtype=torch.int32, device=layer.device)
@@ -405,7 +416,8 @@ class GrowthController:
         entered = torch.where(applied, wanted, STAY)
         self._lives += entered == _S.GERMINATED
         self._follow_up(seeds, entered)
-        self._record(seeds, entered, applied)
+        if ranks.rank == 0:
+            self._record(seeds, entered, applied)
         return entered
 
     def _within_budget(self, seeds: Seeds, wanted: Tensor) -> Tensor:
@@ -416,9 +428,7 @@ class GrowthController:
         return torch.where(begins & ~seeds.best(begins, known, seeds.room), STAY, wanted)
 
     def _follow_up(self, seeds: Seeds, entered: Tensor) -> None:
-        resets = torch.zeros_like(entered, dtype=torch.bool)
-        for state in _RESETTING:
-            resets |= entered == state
+        resets = begins_or_ends(entered)
         ends = resets & (entered > _S.FOSSILIZED)
         masks = (resets, ends & (seeds.nonfinite > 0))
         for layer, ended, broken in zip(self.layers, *(self._layout.split(mask) for mask in masks), strict=True):
@@ -439,3 +449,7 @@ class GrowthController:
             head |= {"z": self.config.z, "improvement": seeds.measured.improvement}
             columns |= {name: getattr(seeds.measured, name) for name in MEASURED_NUMBERS}
         self._log.record(head, applied, columns)
+
+
+def _of_integers(tensor: Tensor) -> bool:
+    return not (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex())

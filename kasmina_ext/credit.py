@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kasmina_ext.arguments import at_least
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.measure import Layers, LossFunction, Measurement, Moments, mean_and_error
 from kasmina_ext.state_layout import StateVar
@@ -77,21 +78,25 @@ def credit(
     :class:`~kasmina_ext.measure.Measurement` for what is left untouched (all of it) and for the mode
     that modules run in (eval). Waits for the device.
     """
-    _at_least("points", points, 1)
+    points = at_least("points", points, 1)
     with Measurement(layers, batches, loss_fn) as measurement:
         gains = measurement.losses(0 * measurement.alpha) - measurement.losses(measurement.alpha)
         return measured_credit(measurement, gains, points, tolerance)
 
 
-def measured_credit(measurement: Measurement, gains: Tensor, points: int, tolerance: float | None = None) -> Credit:
-    """:func:`credit`, inside a measurement that is already there; ``gains`` are the true ones, of the paired losses."""
+def measured_credit(
+    measurement: Measurement, gains: Tensor, points: int, tolerance: float | None = None, alpha: Tensor | None = None
+) -> Credit:
+    """:func:`credit`, inside a measurement that is already there, at ``alpha`` (by default its own); ``gains`` are the
+    true ones, of the paired losses.
+    """
     layout = measurement.layout
-    alpha = measurement.alpha.double()
+    alpha = (measurement.alpha if alpha is None else alpha).double()
     gain, gain_error = mean_and_error(gains)
     while True:
         moments = Moments(alpha)
         midpoints = [(2 * k + 1) / (2 * points) * alpha for k in range(points)]
-        for losses, slopes in measurement.slopes(midpoints):
+        for losses, slopes, _ in measurement.slopes(midpoints):
             moments.add(-alpha * sum(slopes) / points, len(losses))
         missed = abs(moments.mean.sum().item() - gain)
         enough = tolerance is None or missed <= tolerance * max(abs(gain), gain_error)
@@ -138,7 +143,7 @@ def removal_cost(layers: Layers, batches: Iterable[Any], loss_fn: LossFunction, 
     forward pass a seed. ``loss_fn``, and what is left untouched, as in :func:`credit`. Waits for the
     device.
     """
-    _at_least("exact", exact, 0)
+    exact = at_least("exact", exact, 0)
     with Measurement(layers, batches, loss_fn) as measurement:
         layout = measurement.layout
         alpha = measurement.alpha.double()
@@ -165,14 +170,15 @@ class Costs:
     exact: Tensor
     losses: Tensor
     nonfinite: Tensor
-    """Batches whose derivative was not finite although their loss was: the seed is to blame, not the batch."""
+    """Batches whose derivative was not finite although all of their losses were: the seed is to blame, not the batch."""
 
 
 def estimated_costs(measurement: Measurement, alpha: Tensor) -> Costs:
     """The estimate for all seeds at ``alpha [T]``, from one backward pass over the batches."""
     moments, losses, nonfinite = Moments(alpha), [], torch.zeros_like(alpha)
-    for batch_losses, (slope,) in measurement.slopes([alpha]):
-        nonfinite += (~torch.isfinite(slope) & torch.isfinite(batch_losses).all()).double()
+    for batch_losses, (slope,), whole in measurement.slopes([alpha]):
+        if whole:
+            nonfinite += (~torch.isfinite(slope) & torch.isfinite(batch_losses).all()).double()
         first_order = alpha * slope
         moments.add(first_order * first_order / 2 - first_order, len(batch_losses))
         losses.append(batch_losses)
@@ -186,12 +192,25 @@ def estimated_costs(measurement: Measurement, alpha: Tensor) -> Costs:
 
 
 def leave_one_out(measurement: Measurement, alpha: Tensor, costs: Costs, among: Tensor, count: int) -> None:
-    """Measure, instead of estimating, the ``count`` seeds among those where ``among [T]`` that would cost least."""
-    for one in least(costs.mean, among, count):
+    """Measure, instead of estimating, the ``count`` seeds among those where ``among [T]`` that would cost least; those of
+    which there is no estimate come last.
+    """
+    chosen = least(costs.mean, among, count)
+    chosen += (among & costs.mean.isnan()).nonzero().flatten()[: count - len(chosen)].tolist()
+    for one in chosen:
         without = alpha.clone()
         without[one] = 0.0
-        mean, error = mean_and_error(measurement.losses(without) - costs.losses)
-        costs.mean[one], costs.error[one], costs.exact[one] = mean, error, True
+        costs.mean[one], costs.error[one] = increase(measurement.losses(without), costs.losses)
+        costs.exact[one] = True
+
+
+def increase(after: Tensor, before: Tensor) -> tuple[float, float]:
+    """By how much paired losses have risen: mean and standard error; infinitely, beyond doubt, where they are not finite
+    any more.
+    """
+    if (torch.isfinite(before) & ~torch.isfinite(after)).any():
+        return math.inf, 0.0
+    return mean_and_error(after - before)
 
 
 def least(values: Tensor, among: Tensor, count: int) -> list[int]:
@@ -204,8 +223,3 @@ def least(values: Tensor, among: Tensor, count: int) -> list[int]:
 def grafted(lifecycle: Tensor) -> Tensor:
     """bool ``[T]``: seeds in states that take part in the output, GRAFTING to FOSSILIZED."""
     return (lifecycle >= ExtendedLifecycle.GRAFTING) & (lifecycle <= ExtendedLifecycle.FOSSILIZED)
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")

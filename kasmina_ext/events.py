@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from io import FileIO
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -25,14 +27,16 @@ class EventLog:
     """Turns rows of tensors into events, in the order of :meth:`record`.
 
     On a GPU the rows come over with asynchronous copies; an event is written by the first
-    :meth:`poll` after its rows have arrived, at the latest by :meth:`flush`.
+    :meth:`poll` after its rows have arrived, at the latest by :meth:`flush`. It leaves the queue
+    only when it has been written: if the sink raises, the error is passed on once, and events wait
+    until the sink works again.
     """
 
     def __init__(
         self, sink: Sink, layers: Mapping[str, int], numbers: Mapping[str, Collection[str]] | None = None
     ) -> None:
         """``layers``: their names and numbers of seeds, in order. ``numbers``: what to write of a transition, by the
-        name of the state entered; None is everything.
+        name of the state entered; None is everything. OSError for a file that cannot be opened.
         """
         self._numbers = numbers
         self._names = list(layers)
@@ -40,6 +44,10 @@ class EventLog:
         self._path = None if sink is None or callable(sink) else Path(sink)
         self._call = sink if callable(sink) else None
         self._pending: deque[_Rows] = deque()
+        self._events: deque[dict[str, Any]] = deque()
+        self._failing = False
+        if self._path is not None:
+            self._path.open("ab").close()
 
     @property
     def wanted(self) -> bool:
@@ -54,28 +62,45 @@ class EventLog:
         """
         if self.wanted:
             self._pending.append(_Rows(dict(head), rows, dict(columns)))
-            self.poll()
 
-    def poll(self) -> None:
-        """Write what has arrived. Waits for nothing."""
-        self._write(wait=False)
+    def poll(self, wait: bool = False) -> None:
+        """Write what has arrived (with ``wait``, everything). A sink that goes on failing is tried again, but raises no more."""
+        self._take(wait)
+        try:
+            self._write()
+        except Exception:
+            if not self._failing:
+                self._failing = True
+                raise
 
     def flush(self) -> None:
-        """Write everything. Waits for the device."""
-        self._write(wait=True)
+        """Write everything. Waits for the device; a failing sink raises each time."""
+        self._take(wait=True)
+        self._write()
 
-    def _write(self, wait: bool) -> None:
-        events = []
+    def _take(self, wait: bool) -> None:
         while self._pending and self._pending[0].arrived(wait):
             rows = self._pending.popleft()
-            events += [self._event(rows.head, values) for values in rows.values()]
+            self._events += [self._event(rows.head, values) for values in rows.values()]
+
+    def _write(self) -> None:
         if self._call is not None:
-            for event in events:
-                self._call(event)
-        elif events:
-            text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in events)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            while self._events:
+                self._call(self._events[0])
+                self._events.popleft()
+        elif self._events:
+            text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in self._events)
+            with self._path.open("ab", buffering=0) as file:
+                end = file.tell() if file.seekable() else None
+                try:
+                    _write_all(file, text.encode())
+                except BaseException:
+                    if end is not None:
+                        with contextlib.suppress(OSError):
+                            file.truncate(end)  # no half line, nor one that comes again
+                    raise
+            self._events.clear()
+        self._failing = False
 
     def _event(self, head: dict[str, Any], values: dict[str, float]) -> dict[str, Any]:
         number = bisect_right(self._starts, values["seed"]) - 1
@@ -132,6 +157,11 @@ class _Copy:
         if wait:
             self._event.synchronize()
         return wait
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def state_name(state: float) -> str:

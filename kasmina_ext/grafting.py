@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -189,8 +188,9 @@ class BaseGraftingStrategy:
         return high if done == 1.0 else low + (high - low) * done
 
     def should_abort(self, context: GraftingContext) -> bool:
-        """Whether the graft does harm: an ``error_rate`` above 0.5."""
-        return context.metrics.get("error_rate", 0.0) > ABORT_ERROR_RATE
+        """Whether the graft does harm: an ``error_rate`` above 0.5, or one that is not a number."""
+        rate = context.metrics.get("error_rate")
+        return rate is not None and not float(rate) <= ABORT_ERROR_RATE
 
     def on_epoch_end(self, context: GraftingContext) -> None:
         """Take note of the epoch's metrics and weights, also where no alpha was asked for."""
@@ -348,18 +348,16 @@ class AdaptiveGrafting(BaseGraftingStrategy):
 
 # ---- by name -------------------------------------------------------------------------------------
 
-GRAFTING_STRATEGIES: MappingProxyType[str, type[BaseGraftingStrategy]] = MappingProxyType(
-    {
-        strategy.name: strategy
-        for strategy in (
-            LinearGrafting,
-            DriftControlledGrafting,
-            MomentumGrafting,
-            AdaptiveGrafting,
-            StabilityGrafting,
-        )
-    }
-)
+GRAFTING_STRATEGIES: dict[str, type[BaseGraftingStrategy]] = {
+    strategy.name: strategy
+    for strategy in (
+        LinearGrafting,
+        DriftControlledGrafting,
+        MomentumGrafting,
+        AdaptiveGrafting,
+        StabilityGrafting,
+    )
+}
 
 
 class GraftingStrategyFactory:

@@ -62,6 +62,17 @@ _S = ExtendedLifecycle
 
 # Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
 ACTIVE_STATES = (int(_S.TRAINING), int(_S.GRAFTING), int(_S.FINE_TUNING))
+_GERMINATED, _FOSSILIZED, _ROLLED_BACK = int(_S.GERMINATED), int(_S.FOSSILIZED), int(_S.ROLLED_BACK)
+
+
+def begins_or_ends(lifecycle: Tensor) -> Tensor:
+    """bool: states on entering which a blueprint begins or ends, GERMINATED and FOSSILIZED to ROLLED_BACK.
+
+    What was gathered for its weights until then, moments and gradients, has no meaning any more; in
+    these states they receive no gradient.
+    """
+    return (lifecycle == _GERMINATED) | ((lifecycle >= _FOSSILIZED) & (lifecycle <= _ROLLED_BACK))
+
 
 _GRAPH = {
     _S.DORMANT: (_S.GERMINATED,),
@@ -126,8 +137,8 @@ class StateTransition:
         """``(True, "valid")``, or ``(False, why not)``: legality first, then epochs (but for
         ROLLED_BACK), then metrics.
 
-        A metric that is missing or NaN never counts as met. ValueError for something that is no
-        state.
+        A metric that is missing, None or NaN never counts as met. ValueError for something that is
+        no state.
         """
         source, target = ExtendedLifecycle.parse(from_state), ExtendedLifecycle.parse(to_state)
         if target not in cls.VALID_TRANSITIONS.get(source, ()):
@@ -143,23 +154,27 @@ class StateTransition:
         return (False, problem) if problem else (True, "valid")
 
 
+def _metric(context: TransitionContext, name: str, missing: float = 0.0) -> float:
+    value = context.performance_metrics.get(name)
+    return missing if value is None else value
+
+
 def _training_to_grafting(context: TransitionContext) -> str:
-    loss = context.performance_metrics.get("reconstruction_loss", float("inf"))
-    threshold = context.metadata.get("reconstruction_threshold", 0.01)
+    loss = _metric(context, "reconstruction_loss", math.inf)
+    threshold = context.metadata.get("reconstruction_threshold")
+    threshold = 0.01 if threshold is None else threshold
     return "" if loss <= threshold else f"reconstruction_loss is {loss}, at most {threshold} is allowed"
 
 
 def _evaluating_to_fine_tuning(context: TransitionContext) -> str:
-    delta = context.performance_metrics.get("performance_delta", 0.0)
-    stability = context.performance_metrics.get("stability_score", 0.0)
+    delta, stability = _metric(context, "performance_delta"), _metric(context, "stability_score")
     if not delta > 0:
         return f"performance_delta is {delta}, it must be above 0"
     return "" if stability >= 0.8 else f"stability_score is {stability}, it must be at least 0.8"
 
 
 def _evaluating_to_culled(context: TransitionContext) -> str:
-    delta = context.performance_metrics.get("performance_delta", 0.0)
-    error_rate = context.performance_metrics.get("error_rate", 0.0)
+    delta, error_rate = _metric(context, "performance_delta"), _metric(context, "error_rate")
     if delta < -0.05 or error_rate > 0.1 or context.error_count > 5:
         return ""
     return (
@@ -169,8 +184,7 @@ def _evaluating_to_culled(context: TransitionContext) -> str:
 
 
 def _fine_tuning_to_fossilized(context: TransitionContext) -> str:
-    improvement = context.performance_metrics.get("total_improvement", 0.0)
-    stability = context.performance_metrics.get("final_stability", 0.0)
+    improvement, stability = _metric(context, "total_improvement"), _metric(context, "final_stability")
     if not improvement >= 0.01:
         return f"total_improvement is {improvement}, it must be at least 0.01"
     return "" if stability >= 0.95 else f"final_stability is {stability}, it must be at least 0.95"
@@ -396,9 +410,11 @@ def explain_verdicts(verdicts: Tensor | Iterable[int], seed_ids: Tensor | Iterab
 def _listed(values: Tensor | Iterable[int] | int) -> list[int]:
     if isinstance(values, Tensor):
         return values.flatten().tolist()
-    return [values] if isinstance(values, int) else list(values)
+    return [values] if hasattr(values, "__index__") and not hasattr(values, "__len__") else list(values)
 
 
 def _in_words(code: int) -> str:
-    known = 0 <= code < len(Verdict)
-    return f"{Verdict(code).name}: {Verdict(code).message}" if known else f"unknown verdict {code}"
+    if not 0 <= code < len(Verdict):
+        return f"unknown verdict {code}"
+    verdict = Verdict(code)
+    return verdict.name if verdict is Verdict.APPLIED else f"{verdict.name}: {verdict.message}"

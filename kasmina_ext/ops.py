@@ -29,7 +29,8 @@ def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = 
     def no_vmap(*args, **kwargs):
         raise RuntimeError(
             f"kasmina::{name} cannot be vmapped: it has no batching rule, since its seeds belong to one layer; call it "
-            "on the whole batch"
+            "on the whole batch, or give the layer enable_triton=False (KasminaLayer: enable_kernels=False) and "
+            "telemetry=False"
         )
 
     _library.impl(name, fallback, "CompositeExplicitAutograd")
@@ -109,7 +110,7 @@ def _forward_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetr
         # torch lets None pass for a tensor: the checks name it.
         _validate.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
     if telemetry.numel() and _autograd.recomputing(x):
-        telemetry = telemetry.new_empty(0)
+        telemetry = _autograd.nothing_like(telemetry)
     return _autograd.blend(_NATIVE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
@@ -289,7 +290,7 @@ def _reconstruction_backward_fake(grad_loss, x, target, seed_offsets, state, blu
     return blueprint_weights.new_empty(blueprint_weights.shape)
 
 
-class _Reconstruction(_autograd.SingleLevelFunction):
+class KasminaReconstructionLoss(_autograd.SingleLevelFunction):
     @staticmethod
     def forward(ctx, x, target, seed_offsets, state, blueprint_weights):
         ctx.save_for_backward(x, target, seed_offsets, state, blueprint_weights)
@@ -309,7 +310,7 @@ def _reconstruction_autograd(x, target, seed_offsets, state, blueprint_weights):
     if _autograd.beyond_one_backward(blueprint_weights):
         _raise_beyond("reconstruction_loss", "once, backward, in the bank")
     if blueprint_weights.requires_grad and torch.is_grad_enabled():
-        return _Reconstruction.apply_any_level(*args)
+        return KasminaReconstructionLoss.apply_any_level(*args)
     return _below_autograd(_kasmina.reconstruction_loss.default, *args)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from kasmina_ext.layer import KasminaLayer
-from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext.bank import BlueprintBank
+from kasmina_ext.lifecycle import begins_or_ends
 from kasmina_ext.seed_arguments import SeedIds
 from kasmina_ext.state_layout import HISTORY_LENGTH
 
-# On entering these a blueprint begins or ends, and the moments of what it was have no say any more.
-RESETTING = tuple(map(int, (ExtendedLifecycle.GERMINATED, ExtendedLifecycle.FOSSILIZED, ExtendedLifecycle.CULLED)))
+if TYPE_CHECKING:
+    from kasmina_ext.layer import KasminaLayer
 
 
 def param_groups(
@@ -31,14 +32,18 @@ def param_groups(
     default. Decay would pull every blueprint to 0, which is neutral for none but ADDITIVE, and
     would change fossils, whose gradient is 0.
 
-    The layers are looked after from then on: at each step of an optimizer that trains their banks,
-    :func:`reset_optimizer_state` runs first for the seeds that were GERMINATED, FOSSILIZED or
-    CULLED since the step before. (Not inside a compiled step or a CUDA graph: there call it
-    yourself.)
+    With or without these groups, every layer is looked after: at each step of an optimizer that
+    trains its bank, :func:`reset_optimizer_state` runs first for the seeds whose blueprint began
+    (GERMINATED) or ended (FOSSILIZED, CULLED, CANCELLED, ROLLED_BACK) since the step before, and what
+    ``.grad`` has of them from before is not applied any more. (Not inside a compiled step or a CUDA
+    graph, nor for states that DDP's broadcast of buffers brought: there call it yourself.)
+
+    Adam counts its steps for a whole bank, not for a seed: where a seed germinates late, moments
+    start at 0 without the correction that a new optimizer makes, and with betas (0.9, 0.999) the
+    seed's first steps are three to six times ``lr``. Where that is too much, give the banks' group
+    ``betas=(0.9, 0.95)``, with which no step of a steady gradient is much longer than ``lr``.
     """
-    layers = _layers_in(model)
-    banks = [layer.blueprint_weights for layer in layers]
-    _look_after(layers)
+    banks = [module.lasting_bank for module in model.modules() if isinstance(module, BlueprintBank)]
     taken = {id(bank) for bank in banks}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     groups = [
@@ -52,18 +57,14 @@ def reset_optimizer_state(optimizer: Optimizer, seed_ids: SeedIds, layer: Kasmin
     """Zero what ``optimizer`` remembers of the blueprints that these seeds of ``layer`` use.
 
     See :meth:`KasminaLayer.reset_optimizer_state`, which this calls. ``layer`` may be left out where
-    the optimizer was made from :func:`param_groups` of a model with one layer.
+    the optimizer trains the bank of one layer only.
     """
     if layer is None:
-        trained = [watched for watched in _watched if _trains(optimizer, watched)]
+        trained = [layer for layer in list(_looked_after) if _trains(optimizer, layer)]
         if len(trained) != 1:
-            raise ValueError(f"say which layer: the optimizer is known to train the banks of {len(trained)} layers")
+            raise ValueError(f"say which layer: the optimizer trains the banks of {len(trained)} layers")
         layer = trained[0]
     layer.reset_optimizer_state(optimizer, seed_ids)
-
-
-def _layers_in(model: nn.Module) -> list[KasminaLayer]:
-    return [module for module in model.modules() if isinstance(module, KasminaLayer)]
 
 
 def _trained(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -74,52 +75,87 @@ def _trained(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 
 
 class _Seen(NamedTuple):
-    """A layer's state at an optimizer's last step."""
+    """What an optimizer's last step found of a layer."""
 
-    version: tuple[int, int]  # changes with every write of the state, and is known without asking the device
-    history_count: Tensor
+    bank: int
+    """Identity of the parameter."""
+    trained: int
+    """Parameters of the optimizer."""
+    loaded: Tensor | None
+    """The layer's mark of the last load: what was loaded has a past of its own."""
+    state: ref[Tensor] | None
+    """None: the optimizer does not train the bank."""
+    version: int | float | None
+    """Of the state."""
+    history_count: Tensor | None
 
 
-_watched: WeakKeyDictionary[KasminaLayer, WeakKeyDictionary[Optimizer, _Seen]] = WeakKeyDictionary()
+_looked_after: WeakKeyDictionary[KasminaLayer, WeakKeyDictionary[Optimizer, _Seen]] = WeakKeyDictionary()
+_saved_in_time: WeakSet[Optimizer] = WeakSet()
+
+
+def look_after(layer: KasminaLayer) -> None:
+    """From now on, and as long as it lives, see to it that no optimizer's step uses what is of another blueprint."""
+    _listen()
+    _looked_after.setdefault(layer, WeakKeyDictionary())
 
 
 @functools.cache
 def _listen() -> RemovableHandle:
-    """One hook for all optimizers, from the first use on: an optimizer does not exist yet when its groups are made."""
-    return register_optimizer_step_pre_hook(_before_step)
+    """One hook for all optimizers: there is no telling which will train a layer."""
+    return register_optimizer_step_pre_hook(settle)
 
 
-def _look_after(layers: list[KasminaLayer]) -> None:
-    if layers:
-        _listen()
-    for layer in layers:
-        _watched.setdefault(layer, WeakKeyDictionary())
-
-
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """At each step of any optimizer: a few comparisons, and work only for layers whose state was written."""
+def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+    """Do what :func:`param_groups` promises of a step. Called before each step of any optimizer: a few comparisons, and
+    work only for layers whose state was written.
+    """
     if torch.compiler.is_compiling():
         return
-    for layer, seen in list(_watched.items()):
-        state = layer._buffers["state"]
-        version = (state.data_ptr(), state._version)
-        last = seen.get(optimizer)
-        if (last is not None and last.version == version) or not _trains(optimizer, layer):
+    trained = sum([len(group["params"]) for group in optimizer.param_groups])
+    for reference in _looked_after.keyrefs():  # a copy: another thread may make a layer meanwhile
+        layer = reference()
+        if layer is None:
             continue
+        seen = _looked_after[layer]
+        bank, state = layer.own_bank, layer._buffers["state"]
+        last, loaded = seen.get(optimizer), layer._loaded_history_count
+        known = last is not None and last.bank == id(bank) and last.loaded is loaded
+        if known and last.trained == trained:
+            if last.state is None or (last.state() is state and last.version == _version(state)):
+                continue
+        if not _trains(optimizer, layer):
+            seen[optimizer] = _Seen(id(bank), trained, loaded, None, None, None)
+            continue
+        if optimizer not in _saved_in_time:
+            # What is due at the next step must not be forgotten when the run goes on elsewhere.
+            optimizer.register_state_dict_pre_hook(settle)
+            _saved_in_time.add(optimizer)
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             continue
         count = layer._buffers["history_count"]
-        layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, count if last is None else last.history_count))
-        seen[optimizer] = _Seen(version, count.clone())
+        since = last.history_count if known and last.history_count is not None else loaded
+        since = count if since is None else since.to(count.device, non_blocking=True)
+        layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
+        layer.forget_gradient(begins_or_ends(layer.lifecycle_states))
+        seen[optimizer] = _Seen(id(bank), trained, loaded, ref(state), _version(state), count.clone())
+
+
+def _version(state: Tensor) -> int | float:
+    """Changes with every write, and is known without asking the device; of a tensor that has none, equal to nothing."""
+    return math.nan if state.is_inference() else state._version
 
 
 def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
-    bank = layer.blueprint_weights
+    bank = layer.own_bank
+    if bank is None:
+        return False
     return any(parameter is bank for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _begun_or_ended(layer: KasminaLayer, since: Tensor) -> Tensor:
-    """bool ``[S]``: seeds that are in one of RESETTING, or were there after their ``since``-th transition.
+    """bool ``[S]``: seeds in a state in which a blueprint begins or ends, or that entered one after their ``since``-th
+    transition.
 
     Those that still are have no gradient there, so their moments may be zeroed again.
     """
@@ -128,5 +164,4 @@ def _begun_or_ended(layer: KasminaLayer, since: Tensor) -> Tensor:
     age = (count[:, None] - 1 - slot) % HISTORY_LENGTH  # 0 is the newest transition
     entered = torch.where(age < (count - since)[:, None], layer._buffers["history"][:, :, 1], -1)
     states = torch.cat((entered, layer.lifecycle_states[:, None]), 1)
-    masks = [states == state for state in RESETTING]
-    return torch.stack(masks).any(0).any(1)
+    return begins_or_ends(states).any(1)

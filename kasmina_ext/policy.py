@@ -6,10 +6,14 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Real
+from types import NoneType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kasmina_ext.arguments import at_least, integer
 from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
 
 _S = ExtendedLifecycle
@@ -28,7 +32,7 @@ class GrowthConfig:
     """How a :class:`~kasmina_ext.controller.GrowthController` grows a network. Times are ticks where not said otherwise."""
 
     budget: float | int = 0.1
-    """Seeds alive at most (GERMINATED to FOSSILIZED): a share of all of them, or an int, how many."""
+    """Seeds alive at most (GERMINATED to FOSSILIZED): a share of all that own features, or an int, how many."""
     budget_in: str = "seeds"
     """"parameters" counts blueprint weights instead of seeds."""
     tick_every: int = 50
@@ -62,7 +66,7 @@ class GrowthConfig:
     final_stability: float = 0.95
     """FINE_TUNING to FOSSILIZED, at least."""
     improvement: float = 0.01
-    """FINE_TUNING to FOSSILIZED: share of the loss that all seeds together have removed, at least."""
+    """FINE_TUNING to FOSSILIZED: what all seeds together take away of the loss, as a share of its size, at least."""
     error_rate: float = 0.1
     """EVALUATING to CULLED above this share of batches with a finite loss without a finite derivative."""
     errors: int = 5
@@ -71,19 +75,25 @@ class GrowthConfig:
     """Of random numbers that a policy may ask for; the default one does not."""
 
     def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:  # NumPy's numbers would not go through torch.load(weights_only=True)
+            object.__setattr__(self, name, value)
+
         whole = {"tick_every": 1, "watch": 1, "rest": 0, "lives": 1, "exact": 0, "points": 0, "errors": 0}
         for name, lowest in whole.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ValueError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+            put(name, at_least(name, getattr(self, name), lowest))
+        put("until", None if self.until is None else at_least("until", self.until, 0))
+        put("seed", integer("seed", self.seed))
+        for name in ("scale", "wave", "z", "group", "reconstruction", "stability", "final_stability", "improvement",
+                     "error_rate"):  # fmt: skip
+            put(name, _number(name, getattr(self, name)))
         for name in ("wave", "group"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)!r}")
         if self.budget_in not in ("seeds", "parameters"):
             raise ValueError(f'budget_in must be "seeds" or "parameters", got {self.budget_in!r}')
-        checked_budget(self.budget)
-        if math.isnan(self.z):
-            raise ValueError("z must be a number, got NaN")
+        if not isinstance(self.rules, (TransitionRules, NoneType)):
+            raise TypeError(f"rules must be TransitionRules, got {type(self.rules).__name__}")
+        put("budget", checked_budget(self.budget))
 
     def life(self) -> TransitionRules:
         """The rules that requests are judged by: those of a life, and recycling after the rest."""
@@ -98,12 +108,22 @@ class GrowthConfig:
 
 
 def checked_budget(budget: float | int) -> float | int:
-    """The budget; ValueError for a share outside [0, 1] or a number below 0."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    """The budget, as a Python number; ValueError for a share outside [0, 1] or a number below 0."""
+    if not isinstance(budget, bool) and hasattr(budget, "__index__"):
+        checked = budget.__index__()
+    elif not isinstance(budget, bool) and isinstance(budget, Real):
+        checked = float(budget)
+    else:
         raise ValueError(f"budget must be a share or an integer, got {budget!r}")
-    if not (budget >= 0 and (isinstance(budget, int) or budget <= 1)):
+    if not (checked >= 0 and (isinstance(checked, int) or checked <= 1)):
         raise ValueError(f"budget must be a share in [0, 1] or an integer of at least 0, got {budget!r}")
-    return budget
+    return checked
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
 
 
 def alive_in(lifecycle: Tensor) -> Tensor:
@@ -119,7 +139,8 @@ class Measured:
     """What an evaluation found, of ``T`` seeds; float64 where no other type is given."""
 
     cost: Tensor
-    """By how much the held-out loss would rise without the seed, as things are after the culling."""
+    """By how much the held-out loss would rise without the seed, as things are after the culling; -inf where a loss is not
+    finite with the seed, and is without it."""
     error: Tensor
     """Its standard error."""
     expendable: Tensor
@@ -130,9 +151,9 @@ class Measured:
     credit: Tensor
     """NaN where the settings say ``points=0``."""
     error_rate: Tensor
-    """Share of the batches whose derivative for the seed was not finite although their loss was."""
+    """Share of the batches with a loss or, where that was finite, a derivative that was not because of the seed."""
     improvement: float
-    """Share of the loss that all seeds together have removed."""
+    """Of the size of the loss without seeds, the share that all of them together take away; NaN where not measured."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +274,7 @@ def default_policy(seeds: Seeds, score: Score = by_potential) -> Tensor:
     ==============================  ==================================================================================
     DORMANT -> GERMINATED           every ``watch`` ticks until ``until``, in the order of ``score``, while the budget
                                     lasts, ``wave`` of it at most; not after ``lives`` lives, nor with more than
-                                    ``errors`` errors
+                                    ``errors`` errors, nor where a seed owns no features
     GERMINATED -> TRAINING          at once
     TRAINING -> GRAFTING            reconstruction loss at most ``reconstruction`` (a neutral blueprint has none)
     TRAINING -> CANCELLED           three times the least epochs have not been enough for that
@@ -266,11 +287,17 @@ def default_policy(seeds: Seeds, score: Score = by_potential) -> Tensor:
     EVALUATING, FINE_TUNING         in an evaluation: its group was measured and nobody missed it (this takes the place
     -> CULLED                       of a fixed drop in performance); EVALUATING also with an error rate above
                                     ``error_rate`` or more than ``errors`` errors
-    any with a blueprint            its blueprint is not finite, or the budget has shrunk and it costs least: ROLLED_BACK;
-    -> ROLLED_BACK, CANCELLED       before GRAFTING: CANCELLED
+    any with a blueprint            its blueprint is not finite; or in an evaluation: a loss is not finite with it, and is
+    -> ROLLED_BACK, CANCELLED       without it, or the budget has shrunk and it comes first (below): ROLLED_BACK; before
+                                    GRAFTING: CANCELLED
     CULLED, CANCELLED, ROLLED_BACK  after ``rest`` ticks
     -> DORMANT
     ==============================  ==================================================================================
+
+    Where the budget has shrunk, as many seeds go as it takes and no more. First those that an
+    evaluation culls anyway; then those without a part in the output, the youngest first: GERMINATED
+    before TRAINING, then the fewest ticks in the state, then the least potential; last those whose
+    measured removal costs least.
 
     To germinate by something else: ``functools.partial(default_policy, score=...)``.
     """
@@ -298,16 +325,43 @@ def default_policy(seeds: Seeds, score: Score = by_potential) -> Tensor:
             move(seeds.among(_S.FINE_TUNING) & proven, _S.FOSSILIZED)
         move(measured.expendable, _S.ROLLED_BACK)
         move(measured.expendable | (evaluating & failing), _S.CULLED)
-        too_many = (seeds.room < 0) & seeds.among(_S.GERMINATED, _S.TRAINING)
-        move(too_many, _S.CANCELLED)
     broken = seeds.nonfinite > 0
     move(broken & seeds.among(_S.GERMINATED, _S.TRAINING), _S.CANCELLED)
     move(broken, _S.ROLLED_BACK)
+    if measured is not None:
+        leaves = seeds.alive & (wanted > _S.FOSSILIZED)
+        due = -int(seeds.room + torch.where(leaves, seeds.price, 0).sum())
+        waiting = seeds.among(_S.GERMINATED, _S.TRAINING) & seeds.may(_S.CANCELLED) & ~leaves
+        move(youngest(seeds, waiting, due), _S.CANCELLED)
     if seeds.germinates:
-        fit = (seeds.lives < config.lives) & (seeds.errors <= config.errors)
+        fit = (seeds.lives < config.lives) & (seeds.errors <= config.errors) & (seeds.parameters > 0)
         wave = config.wave * seeds.budget
         move(seeds.best(fit & seeds.may(_S.GERMINATED), score(seeds), seeds.room, wave), _S.GERMINATED)
     return wanted
+
+
+def youngest(seeds: Seeds, among: Tensor, due: int) -> Tensor:
+    """bool: of the seeds ``among [T]`` as many as it takes to free ``due`` of the budget, the youngest first.
+
+    GERMINATED before TRAINING, then the fewest ticks in the state, then the least potential. Where
+    prices differ, one that is not needed beside those after it stays. Waits for the device.
+    """
+    chosen = torch.zeros_like(among)
+    if due <= 0:
+        return chosen
+    order = (among & (seeds.price > 0)).nonzero().flatten()
+    for key in (seeds.potential.nan_to_num(nan=-math.inf), seeds.epochs, seeds.lifecycle):
+        order = order[key[order].argsort(stable=True)]
+    price = seeds.price[order]
+    taken = order[price.cumsum(0) - price < due]
+    chosen[taken] = True
+    more = int(seeds.price[taken].sum()) - due
+    if more > 0:
+        for one, price in zip(taken.flip(0).tolist(), seeds.price[taken].flip(0).tolist(), strict=True):
+            if price <= more:
+                chosen[one] = False
+                more -= price
+    return chosen
 
 
 # ---- for the log -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ Every function raises ``RuntimeError`` for a wrong dtype, device, rank or length
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -32,6 +33,8 @@ MULTIPLICATIVE, ADDITIVE, MIXED, AFFINE = range(4)
 
 # A merge reads and writes: two threads on one accumulator would lose a batch.
 _merging = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a fork in the middle of a merge would leave it locked for ever in the child
+    os.register_at_fork(before=_merging.acquire, after_in_parent=_merging.release, after_in_child=_merging.release)
 
 
 class Features(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kasmina_ext._dispatch import lifecycle_ops
+from kasmina_ext.arguments import at_least
 from kasmina_ext.grafting import GraftingStrategy
 from kasmina_ext.lifecycle import ACTIVE_STATES, ExtendedLifecycle, TransitionRules, state_number
 from kasmina_ext.seed_arguments import (
@@ -66,6 +67,15 @@ _RANGES = {
     StateVar.ERROR_COUNT: (0, INT32_MAX),
 }
 
+
+def state_range(variable: StateVar, num_blueprints: int | None = None) -> tuple[int, int]:
+    """Least and greatest value of a variable, in a layer with so many rows in its bank where that is known."""
+    low, high = _RANGES[variable]
+    if variable is StateVar.BLUEPRINT_ID and num_blueprints is not None:
+        high = num_blueprints - 1
+    return low, high
+
+
 ANY_TRANSITION = TransitionRules.any()
 STRICT = TransitionRules.strict()
 # Columns of a batched request's values, and the bits of its mask.
@@ -81,9 +91,13 @@ class ExtendedStateTensor:
     """State, history and metrics of ``num_seeds`` seeds; on the CPU unless a device is given.
 
     A layer's ``extended_state`` is the same API on the layer's own tensors (see :meth:`over`): it
-    holds none itself, so it follows every move of the layer. Seeds are given as :data:`SeedIds`,
-    from any device; an id out of range is a ValueError and writes nothing. Methods that take ids or
-    return Python values wait for the device.
+    holds none itself, so it follows every move of the layer. There, what a transition does to alpha
+    follows it, as it does a request: under an alpha schedule alpha is 0 on entering GRAFTING and 1
+    on entering STABILIZATION. A blueprint is not made neutral: that is for requests. A state on its
+    own has neither alpha nor blueprints.
+
+    Seeds are given as :data:`SeedIds`, from any device; an id out of range is a ValueError and
+    writes nothing. Methods that take ids or return Python values wait for the device.
     """
 
     (
@@ -98,17 +112,26 @@ class ExtendedStateTensor:
     ) = StateVar
 
     def __init__(self, num_seeds: int, device: torch.device | str | None = None) -> None:
-        if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 0:
-            raise ValueError(f"num_seeds must be a number of at least 0, got {num_seeds!r}")
+        num_seeds = at_least("num_seeds", num_seeds, 0)
         self._buffers: Mapping[str, Tensor] = new_state(num_seeds, "cpu" if device is None else device)
         self._num_blueprints: int | None = None
+        self._after_transitions: Callable[[Tensor], None] | None = None
         fill_fresh(self._buffers)
 
     @classmethod
-    def over(cls, buffers: Mapping[str, Tensor], num_blueprints: int) -> ExtendedStateTensor:
-        """A face on ``buffers``, looked up by name at each use; blueprint ids are checked against the bank's size."""
+    def over(
+        cls,
+        buffers: Mapping[str, Tensor],
+        num_blueprints: int,
+        after_transitions: Callable[[Tensor], None] | None = None,
+    ) -> ExtendedStateTensor:
+        """A face on ``buffers``, looked up by name at each use; blueprint ids are checked against the bank's size.
+
+        ``after_transitions`` is called with the lifecycle states ``[S]`` as they were, after
+        lifecycle states were written.
+        """
         face = cls.__new__(cls)
-        face._buffers, face._num_blueprints = buffers, num_blueprints
+        face._buffers, face._num_blueprints, face._after_transitions = buffers, num_blueprints, after_transitions
         return face
 
     # ---- the tensors -----------------------------------------------------------------------------
@@ -153,11 +176,11 @@ class ExtendedStateTensor:
     # ---- reading ---------------------------------------------------------------------------------
 
     def get_state(self, seed_ids: SeedIds = None) -> Tensor:
-        """Lifecycle states, int32, one for each of ``seed_ids``; a scalar tensor for a single id."""
+        """Lifecycle states, int32, a copy: one for each of ``seed_ids``; a scalar tensor for a single id."""
         return self._read(StateVar.LIFECYCLE_STATE, seed_ids)
 
     def get_rollback_states(self, seed_ids: SeedIds = None) -> Tensor:
-        """The states that these seeds were in before, PARENT_STATE, in the form of :meth:`get_state`."""
+        """The states that these seeds were in before, PARENT_STATE, in the form of :meth:`get_state`; a copy, too."""
         return self._read(StateVar.PARENT_STATE, seed_ids)
 
     def get_seeds_in_state(self, state: ExtendedLifecycle | int | str) -> Tensor:
@@ -218,7 +241,8 @@ class ExtendedStateTensor:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], device: torch.device | str | None = None) -> ExtendedStateTensor:
-        """What :meth:`to_dict` gave, as a state of its own; ValueError for an entry that is missing or does not fit.
+        """What :meth:`to_dict` gave, as a state of its own; ValueError for an entry that is missing or does not fit, or
+        a value that no state has.
 
         A dict with ``history_pointers`` alone has forgotten how often its ring went round.
         """
@@ -239,9 +263,11 @@ class ExtendedStateTensor:
             values = torch.as_tensor(data[name])
             if values.shape != target.shape:
                 raise ValueError(f"{name} must have shape {list(target.shape)}, got {list(values.shape)}")
-            if values.is_floating_point() and not target.is_floating_point():
-                raise ValueError(f"{name} must be integers, got {values.dtype}")
-            target.copy_(values)
+            if not target.is_floating_point():
+                if values.is_floating_point() or values.is_complex():
+                    raise ValueError(f"{name} must be integers, got {values.dtype}")
+                _check_range(name, values.long())
+            target.copy_(values.detach())
         return fresh
 
     # ---- writing ---------------------------------------------------------------------------------
@@ -283,8 +309,9 @@ class ExtendedStateTensor:
         """Write what :meth:`checked` gave. A lifecycle that stays as it is makes no transition."""
         state = self._buffers["state"]
         zeros = torch.zeros_like(ids, dtype=state.dtype)
+        lifecycle, before = state[StateVar.LIFECYCLE_STATE], None
         if StateVar.LIFECYCLE_STATE in values:  # the operator refuses what starts from no state
-            lifecycle = state[StateVar.LIFECYCLE_STATE]
+            before = lifecycle.clone()
             source = lifecycle[ids]
             known = (source >= 0) & (source < len(ExtendedLifecycle))
             lifecycle[ids] = torch.where(known, source, ExtendedLifecycle.DORMANT)
@@ -304,6 +331,8 @@ class ExtendedStateTensor:
             for variable, value in values.items():
                 if variable not in REQUEST_BITS:
                     state[variable, ids] = value
+        if before is not None and self._after_transitions is not None:
+            self._after_transitions(before)
 
     def increment_epochs(self, seed_ids: SeedIds = None) -> None:
         """One epoch more in its state, for these seeds or for all."""
@@ -318,7 +347,8 @@ class ExtendedStateTensor:
 
     def update_performance(self, seed_ids: SeedIds, metrics: Mapping[str, Any] | Tensor) -> None:
         """Metrics by name (loss, accuracy, stability, efficiency), one for all seeds or one for each, or all four as a
-        tensor ``[4]`` or ``[U, 4]``. Of a seed named twice the last counts.
+        tensor ``[4]`` or ``[U, 4]``; a loss may come with its graph, which is left behind. Of a seed named twice the last
+        counts.
         """
         ids, table = self.ids(seed_ids), self.performance_metrics
         rows = table[ids]
@@ -331,7 +361,8 @@ class ExtendedStateTensor:
         else:
             _fill(rows, metrics, "metrics")
         kept = last_of_each(ids, self.num_seeds)
-        table[ids if kept is None else ids[kept]] = rows if kept is None else rows[kept]
+        with torch.no_grad():
+            table[ids if kept is None else ids[kept]] = rows if kept is None else rows[kept]
 
     def increment_error_count(self, seed_ids: SeedIds) -> None:
         """One error more for each of these seeds."""
@@ -376,9 +407,7 @@ class ExtendedStateTensor:
         if values.dtype == torch.bool:
             raise TypeError(f"{variable.name} must be integers, got bool")
         values = values.long()  # a comparison in a narrower type would wrap
-        low, high = _RANGES[variable]
-        if variable is StateVar.BLUEPRINT_ID and self._num_blueprints is not None:
-            high = self._num_blueprints - 1
+        low, high = state_range(variable, self._num_blueprints)
         wrong = (values < low) | (values > high)
         if wrong.any():
             raise ValueError(f"{variable.name} must be in [{low}, {high}], got {int(values[wrong][0])}")
@@ -392,8 +421,9 @@ class ExtendedStateTensor:
 
     def _read(self, variable: StateVar, seed_ids: SeedIds) -> Tensor:
         row = self._buffers["state"][variable]
-        single = is_single(seed_ids)
-        return row[checked_seed_id(seed_ids, self.num_seeds) if single else self.ids(seed_ids)]
+        if is_single(seed_ids):
+            return row[checked_seed_id(seed_ids, self.num_seeds)].clone()
+        return row[self.ids(seed_ids)]
 
     def _add(self, variable: StateVar, seed_ids: SeedIds) -> None:
         """One more for each time that a seed is named; the greatest int32 stays."""
@@ -414,8 +444,21 @@ def _variable(name: str | StateVar) -> StateVar:
     return variable
 
 
+def _check_range(name: str, values: Tensor) -> None:
+    """ValueError for a value (int64) that the state's tensor of this name cannot have."""
+    columns = [(name, values, 0, INT32_MAX)]
+    if name == "state_tensor":
+        columns = [(variable.name, values[:, variable], *_RANGES[variable]) for variable in StateVar]
+    elif name == "transition_history":
+        columns = [(name, values, *_RANGES[StateVar.LIFECYCLE_STATE])]
+    for what, column, low, high in columns:
+        wrong = (column < low) | (column > high)
+        if wrong.any():
+            raise ValueError(f"{what} must be in [{low}, {high}], got {int(column[wrong][0])}")
+
+
 def _fill(target: Tensor, value: Any, name: str) -> None:
-    value = torch.as_tensor(value, dtype=target.dtype).to(target.device)
+    value = torch.as_tensor(value, dtype=target.dtype).detach().to(target.device)
     if value.dim() and value.shape not in (target.shape, target.shape[1:]):
         raise ValueError(f"{name} must have shape {list(target.shape)}, got {list(value.shape)}")
     target.copy_(value)

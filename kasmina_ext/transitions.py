@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, strategy_number
-from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionContext, TransitionRules, state_number
+from kasmina_ext.lifecycle import (
+    ExtendedLifecycle,
+    LifecycleManager,
+    TransitionContext,
+    TransitionRules,
+    begins_or_ends,
+    state_number,
+)
 from kasmina_ext.seed_arguments import SeedIds, batch_ids, batch_values, checked_seed_id, on_device
 from kasmina_ext.state import REQUEST_BITS, ExtendedStateTensor
 from kasmina_ext.state_layout import StateVar
@@ -66,7 +73,8 @@ class SeedTransitions:
         A germinating seed without a blueprint takes 0, and its slice of the bank becomes the
         strategy's neutral element (MIXED: the mean of its activations, 0 where not measured), so
         that growth preserves the function, unless ``metadata["keep_blueprint"]`` is true.
-        ValueError for a seed, state, blueprint or strategy that does not exist.
+        ValueError for a seed, state, blueprint or strategy that does not exist; RuntimeError where the
+        bank cannot be made neutral, since it is parametrized. Nothing is written then.
         """
         seed = checked_seed_id(seed_id, self.num_seeds)
         target = ExtendedLifecycle.parse(target_state)
@@ -75,6 +83,9 @@ class SeedTransitions:
         state = self._buffers["state"]
         current = state[:, seed].tolist()
         germinates = target is ExtendedLifecycle.GERMINATED
+        neutral = germinates and not metadata.get("keep_blueprint", False)
+        if neutral:
+            self.check_own_bank()
         if germinates and current[StateVar.BLUEPRINT_ID] < 0 and not updates.keys() & {"blueprint", "blueprint_id"}:
             updates["blueprint"] = 0
         ids, values = self._checked(seed, updates)
@@ -94,7 +105,8 @@ class SeedTransitions:
         before = state[StateVar.LIFECYCLE_STATE].clone()
         values[StateVar.LIFECYCLE_STATE] = torch.full_like(ids, int(target), dtype=state.dtype)
         self.extended_state.write(ids, values)
-        self._follow_up(before, germinates and not metadata.get("keep_blueprint", False))
+        if neutral:
+            self._make_neutral(self._entered(before) == _GERMINATED)
         return True
 
     # ---- many seeds, on the device ---------------------------------------------------------------
@@ -130,9 +142,13 @@ class SeedTransitions:
 
         What a transition brings with it follows the verdicts: neutral germination as in
         :meth:`request_state_transition`, and under an alpha schedule alpha 0 on entering GRAFTING,
-        1 on entering STABILIZATION. TypeError or ValueError for arguments of the wrong kind or
-        number, before anything is written. :func:`kasmina_ext.explain_verdicts` puts verdicts into
-        words.
+        1 on entering STABILIZATION. What the bank's ``.grad`` has gathered for a blueprint that begins
+        or ends is zeroed, so that a step that is still to come moves neither it nor a fossil (in a
+        compiled graph or a CUDA graph: not before that step, see :func:`kasmina_ext.param_groups`).
+
+        TypeError or ValueError for arguments of the wrong kind or number, RuntimeError where seeds
+        may germinate in a bank that cannot be made neutral since it is parametrized, before anything
+        is written. :func:`kasmina_ext.explain_verdicts` puts verdicts into words.
         """
         state = self._buffers["state"]
         ids = batch_ids(seed_ids, self.num_seeds, state.device)
@@ -141,8 +157,11 @@ class SeedTransitions:
         blueprint, strategy, mask = self._blueprint_and_strategy(ids, to, blueprints, strategies)
         values = torch.stack((to, blueprint, torch.zeros_like(to), strategy), 1)
         may_germinate = not isinstance(targets, int) or targets == _GERMINATED
+        neutral = may_germinate and not keep_blueprints
+        if neutral:
+            self.check_own_bank()
         rules = self.transition_rules if rules is None else rules
-        return self._update(ids, values, mask, rules, may_germinate and not keep_blueprints)
+        return self._update(ids, values, mask, rules, neutral)
 
     def recycle(self, seed_ids: SeedIds = None) -> Tensor:
         """Seeds that were CULLED, CANCELLED or ROLLED_BACK become DORMANT again; verdicts as in
@@ -217,7 +236,9 @@ class SeedTransitions:
             table,
             self.num_blueprints,
         )
-        self._follow_up(before, neutral)
+        entered = self._follow_transitions(before)
+        if neutral:
+            self._make_neutral(entered == _GERMINATED)
         return verdicts
 
     def _bring_rules(self) -> None:
@@ -225,17 +246,24 @@ class SeedTransitions:
         for rules in (self.transition_rules, _RECYCLING):
             rules.on(self.device)
 
-    def _follow_up(self, before: Tensor, neutral: bool) -> None:
-        """What transitions from the states ``before [S]`` bring with them: the bank's and alpha's part, on the device."""
+    def _entered(self, before: Tensor) -> Tensor:
+        """int32 ``[S]``: the states of seeds that are not in those of ``before [S]`` any more, -1 for the others."""
         now = self._buffers["state"][StateVar.LIFECYCLE_STATE]
-        entered = now != before
-        if neutral:
-            self._make_neutral(entered & (now == _GERMINATED))
+        return torch.where(now != before, now, -1)
+
+    def _follow_transitions(self, before: Tensor) -> Tensor:
+        """What transitions from the states ``before [S]`` bring with them, but for germination, on the device; what
+        :meth:`_entered` gives.
+        """
+        entered = self._entered(before)
         if self.alpha_schedule is not AlphaSchedule.NONE:
             alpha = self._buffers["alpha"]
             with torch.no_grad():
-                alpha.masked_fill_(entered & (now == _GRAFTING), 0.0)
-                alpha.masked_fill_(entered & (now == _STABILIZATION), 1.0)
+                alpha.masked_fill_(entered == _GRAFTING, 0.0)
+                alpha.masked_fill_(entered == _STABILIZATION, 1.0)
+        if not torch.compiler.is_compiling() and self.gathers_gradient:
+            self.forget_gradient(begins_or_ends(entered))
+        return entered
 
     # ---- directly --------------------------------------------------------------------------------
 

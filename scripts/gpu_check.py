@@ -1,12 +1,14 @@
 """The evidence from a machine with a GPU: builds, runs all tests, then the kernels under compute-sanitizer.
 
-Writes benchmarks/results/gpu_check.json, tied to the sources by their hash (evidence.py). Exits with 1 if anything
-failed, was skipped for want of a CUDA device, or could not be run.
+Writes benchmarks/results/gpu_check.json, tied to the sources by their hash (evidence.py), and into stacks.json beside it
+what the tests prove of CUDA (tests/stacks.py). Exits with 1 if anything failed, was skipped for want of a CUDA device, or
+could not be run.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
@@ -23,6 +25,7 @@ import evidence
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LOGS = evidence.ROOT / "build/gpu_check"
 
+THREADS = 4  # of a process
 MODULE = "_C.abi3.so"
 CANARY = "kasmina_canary"
 
@@ -33,6 +36,7 @@ def main() -> int:
         "--out", default=os.environ.get("OUT", ""), help="also copy the results and logs to this folder"
     )
     parser.add_argument("--limit", type=int, default=570, help="seconds that all of it may take (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=default_jobs(), help="processes of the tests (default %(default)s)")
     parser.add_argument("--skip-sanitizer", action="store_true", help="only build and test; writes no record")
     options = parser.parse_args()
     deadline = time.monotonic() + options.limit
@@ -42,7 +46,7 @@ def main() -> int:
     problems = build()
     if not problems:
         record |= evidence.machine()
-        record["tests"], problems = run_tests(deadline)
+        record["tests"], problems = run_tests(deadline, options.jobs)
         if not options.skip_sanitizer:
             record["sanitizer"], found = run_sanitizer(deadline)
             problems += found
@@ -72,13 +76,20 @@ def build() -> list[str]:
     return ["no CUDA kernel runs here: " + (run.stdout + run.stderr).strip()]
 
 
-def run_tests(deadline: float) -> tuple[dict[str, int], list[str]]:
+def default_jobs() -> int:
+    """As many as have their threads' cores, and memory for the largest tests; one where pytest-xdist is missing."""
+    return max(1, min(6, (os.cpu_count() or 1) // THREADS)) if importlib.util.find_spec("xdist") else 1
+
+
+def run_tests(deadline: float, jobs: int) -> tuple[dict[str, int], list[str]]:
     """The whole suite; counts of passed, failed, skipped."""
     report = LOGS / "pytest.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *(["-n", str(jobs)] if jobs > 1 else [])]
     log = LOGS / "pytest.log"
-    code = run_logged(command, log, deadline)
+    # Threads that outnumber the cores wait for each other: a suite of minutes becomes one of hours.
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "KASMINA_STACKS": str(evidence.STACKS)}
+    code = run_logged(command, log, deadline, environment)
     if not report.exists():
         return {}, [f"pytest ended with {code} and no report (see {log.name})"]
     counts = count_tests(report)
@@ -195,9 +206,9 @@ def run_logged(
 
 
 def copy_results(folder: Path) -> None:
-    """At most eight files: the record, pytest's log, each tool's."""
+    """At most eight files: the records, pytest's log, each tool's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (evidence.GPU_CHECK, LOGS / "pytest.log", *(LOGS / f"{tool}.log" for tool in TOOLS)):
+    for path in (evidence.GPU_CHECK, evidence.STACKS, LOGS / "pytest.log", *(LOGS / f"{tool}.log" for tool in TOOLS)):
         if path.exists():
             shutil.copy(path, folder)
 

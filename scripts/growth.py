@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 import sys
@@ -83,6 +84,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "build/growth", metavar="DIR", help="where parts are kept (build/growth)")
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: benchmarks/results/growth.json")
     add("--resume", action="store_true", help="go on with the run in --work; it ends with the same numbers")
+    add("--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show what this file holds")
     add("--readme", action="store_true", help="put the table into README.md, too")
     add("--quick", action="store_true", help="to see that all works: the figures mean nothing, so give --out, too")
     options = parser.parse_args(argv)
@@ -96,9 +98,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     console = Console(highlight=False)
+    if options.source:
+        record = json.loads(options.source.read_text())
+        report(record, console, options.readme)
+        return 0
     sizes = QUICK if options.quick else Sizes()
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(sizes).items()}
-    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": commit()}
+    version = commit()
+    if version == "unknown":
+        version = f"(sources {evidence.source_hash()[:12]})"
+    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": version}
     try:
         journal = Journal(options.work, config, resume=options.resume)
     except JournalError as error:
@@ -115,20 +124,23 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     found = {name: {kind: [journal.parts[name_of(name, kind, seed)] for seed in range(options.seeds)] for kind in DAMAGES}
              for name in EXPERIMENTS}  # fmt: skip
-    results = summary(found)
-    show(results, console)
     record = {
         "config": journal.config,
         "machine": evidence.machine(),
         "wall_seconds": round(time.perf_counter() - begun, 1),
-        "summary": results,
+        "summary": summary(found),
         "parts": found,
     }
     evidence.write_json(options.out, record)
+    report(record, console, options.readme)
     console.print(f"Results: {options.out}", soft_wrap=True)
-    if options.readme:
-        into_readme(ROOT / "README.md", markdown(results, journal.config), BEGIN, END)
     return 0
+
+
+def report(record: dict[str, Any], console: Console, readme: bool) -> None:
+    show(record["summary"], console)
+    if readme:
+        into_readme(ROOT / "README.md", markdown(record["summary"], record["config"]), BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stacks
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -20,6 +21,7 @@ torch.backends.cudnn.allow_tf32 = False  # convolutions with all of float32's di
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitizer: small cases of the kernels, also run under compute-sanitizer")
+    stacks.register(config)
 
 
 @pytest.fixture(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from kasmina_ext import KasminaLayer, TransitionRules, TritonChunkedKasminaLayer
+from kasmina_ext import ExtendedStateTensor, KasminaLayer, TransitionRules, TritonChunkedKasminaLayer
 
 ANY = TransitionRules.any()
 STRATEGIES = ["multiplicative", "additive", "mixed", "affine"]
@@ -108,3 +109,69 @@ def test_mask_of_elements(device):
     assert torch.equal(mask.cpu(), expected)
     layer.blueprint_ids = torch.tensor([-1, 4, 99])  # no such rows
     assert not layer.blueprint_mask(torch.ones(3, dtype=torch.bool, device=device)).any()
+
+
+# ---- a bank that cannot be written -----------------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def test_a_parametrized_bank_is_refused_before_anything_is_written():
+    layer = KasminaLayer(nn.Linear(3, 8), num_seeds=4)
+    layer(torch.randn(2, 3)).sum().backward()
+    parametrize.register_parametrization(layer, "blueprint_weights", Doubled())
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for call in (
+        lambda: layer.request_state_transition(0, "germinated"),
+        lambda: layer.request_state_transitions(None, "germinated"),
+        lambda: layer.request_state_transitions([0, 1], torch.tensor([1, 8])),
+        layer.reset_parameters,
+    ):
+        with pytest.raises(RuntimeError, match="blueprint_weights is parametrized.*keep_blueprints=True"):
+            call()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert layer.request_state_transition(0, "germinated", {"keep_blueprint": True})
+    assert not layer.request_state_transitions([1], torch.tensor([1]), keep_blueprints=True).any()
+    assert not layer.request_state_transitions([0, 1], "training").any()
+    assert layer.lifecycle_states.tolist() == [2, 2, 0, 0]
+
+
+# ---- writing states directly ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", [None, "linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("write", ["set_state", "update_state", "many"])
+def test_alpha_follows_states_that_are_written_directly(device, schedule, write):
+    layer = KasminaLayer(nn.Linear(3, 8, device=device), num_seeds=4, alpha_schedule=schedule)
+    nn.init.normal_(layer.blueprint_weights)
+    bank, x = layer.blueprint_weights.detach().clone(), torch.randn(5, 3, device=device)
+    layer.set_blueprint(None, 0)
+    layer.set_alpha(None, [0.25, 0.5, 0.75, 1.0])
+
+    def put(target):
+        {
+            "set_state": lambda: [layer.extended_state.set_state(seed, target) for seed in (1, 3)],
+            "update_state": lambda: [layer.extended_state.update_state(s, {"lifecycle": target}) for s in (1, 3)],
+            "many": lambda: layer.extended_state.set_state([1, 3, 1], target),
+        }[write]()
+
+    put("germinated")
+    assert torch.equal(layer.blueprint_weights, bank)  # as they are: neutral is for requests
+    before = layer(x)
+    put("grafting")
+    assert layer.alpha.tolist() == ([0.25, 0.0, 0.75, 0.0] if schedule else [0.25, 0.5, 0.75, 1.0])
+    assert torch.equal(layer(x), before) == (schedule is not None)
+    layer.set_alpha([1, 3], 0.5)
+    put("grafting")  # stays: no transition
+    assert layer.alpha.tolist() == [0.25, 0.5, 0.75, 0.5]
+    put("stabilization")
+    assert layer.alpha.tolist() == ([0.25, 1.0, 0.75, 1.0] if schedule else [0.25, 0.5, 0.75, 0.5])
+
+
+def test_a_state_on_its_own_has_no_alpha():
+    state = ExtendedStateTensor(3)
+    state.set_state(None, "grafting")
+    assert state.get_state().tolist() == [3, 3, 3] and "alpha" not in state._buffers

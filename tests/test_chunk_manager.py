@@ -67,6 +67,19 @@ def test_where_the_indices_lie(device):
     assert manager.get_chunk_statistics(x).mean.device == x.device
 
 
+def test_statistics_are_a_pair_that_is_read_by_name_too():
+    x = torch.randn(3, 10)
+    statistics = ChunkManager(10, 3).get_chunk_statistics(x)
+    mean, variance = statistics
+    assert statistics["mean"] is statistics.mean is statistics[0] is mean
+    assert statistics["variance"] is statistics.variance is statistics[-1] is variance
+    assert dict(statistics).keys() == {"mean", "variance"} and "mean" in statistics and "std" not in statistics
+    with pytest.raises(KeyError, match="known are mean, variance"):
+        statistics["std"]
+    expected = torch.stack([x[:, :4].mean(1), x[:, 4:7].mean(1), x[:, 7:].mean(1)], 1)
+    torch.testing.assert_close(statistics["mean"], expected)
+
+
 @pytest.mark.parametrize("chosen", [[0, 2], (2, 0, 0), torch.tensor([0, 2]), torch.tensor([True, False, True]), {0, 2}])
 def test_ways_to_name_chunks(chosen):
     manager = ChunkManager(7, 3)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from kasmina_ext import compat
+from kasmina_ext import KasminaLayer, compat, credit
 from kasmina_ext.compat import KasminaForwardKernel, SimpleTritonLayer, TritonKasminaLayer
 
 HIDDEN, SEEDS, CHUNK = 22, 4, 5  # features 20 and 21 are unowned
@@ -143,6 +146,37 @@ def test_telemetry_is_of_the_last_forward(device):
     np.testing.assert_allclose(seen["variance"], chunks.var((0, 2)), rtol=1e-5)
     np.testing.assert_allclose(seen["std"], chunks.std((0, 2)), rtol=1e-5)
     assert seen["count"].tolist() == [8.0 * CHUNK] * SEEDS
+
+
+def kept(context, operator, *args, **kwargs):
+    keeps = operator is torch.ops.kasmina.chunked_forward.default
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+
+@pytest.mark.parametrize("reentrant, options", [(False, {}), (True, {}), (False, SELECTIVE)])
+def test_telemetry_is_not_of_activations_that_are_computed_again(device, reentrant, options):
+    layer = TritonKasminaLayer(HIDDEN, SEEDS, CHUNK).to(device)
+    x = torch.randn(6, HIDDEN, device=device, requires_grad=True)
+    checkpoint(lambda x: layer(x.sin()).square(), x, use_reentrant=reentrant, **options).sum().backward()
+    assert layer.get_telemetry()["count"].tolist() == [6.0 * CHUNK] * SEEDS
+
+
+def test_telemetry_that_is_off_and_passes_that_only_measure():
+    model = nn.Sequential(TritonKasminaLayer(HIDDEN, SEEDS, CHUNK), KasminaLayer(nn.Linear(HIDDEN, 4), num_seeds=2))
+    x = torch.randn(6, HIDDEN)
+    model(x)
+    before = model[0].get_telemetry()
+    credit(model, [x + 1, x + 2], lambda batch: model(batch).square().mean())
+    model[0].telemetry_enabled = False
+    model(x + 3)
+    for name, values in model[0].get_telemetry().items():
+        np.testing.assert_array_equal(values, before[name])
+    model[0].telemetry_enabled = True
+    model(x + 3)
+    assert (model[0].get_telemetry()["mean"] > before["mean"] + 2).all()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import warnings
 
 import growing
+import numpy as np
 import pytest
 import torch
 from growing import Classifier, same, snapshot
@@ -220,6 +221,38 @@ def test_within_no_grad_and_inference_mode():
         with mode():
             assert torch.equal(joined(credit(model, data, model.loss).mean), expected)
             assert torch.is_grad_enabled() is False
+
+
+def test_batches_that_were_made_in_inference_mode():
+    model, data = Classifier().grown(), growing.batches()
+    expected = credit(model, data, model.loss), removal_cost(model, data, model.loss, exact=3)
+    with torch.inference_mode():
+        made = [[x.clone(), {"y": y.clone()}] for x, y in data]
+
+        def loss(batch):
+            return model.loss((batch[0], batch[1]["y"]))
+
+        found = credit(model, made, loss), removal_cost(model, iter(made), loss, exact=3)
+    assert all(batch[0].is_inference() for batch in made)
+    for one, two in zip(found, expected, strict=True):
+        assert torch.equal(joined(one.mean), joined(two.mean))
+
+
+def test_a_seed_without_which_the_loss_is_not_finite_costs_infinitely_much(quadratic):
+    layer, data, loss, w = quadratic
+
+    def needs_the_first(batch):
+        y = layer(batch[0])
+        return loss(batch) / torch.any(y[:, 0] != batch[0][:, 0])  # 1, or 0 without the seed
+
+    found = removal_cost(layer, data, needs_the_first, exact=3)
+    assert found.mean[0][0] == math.inf and found.error[0][0] == 0 and found.mean[0][1:].isfinite().all()
+
+
+def test_numbers_from_numpy():
+    model, data = Classifier().grown(), growing.batches(2)
+    assert credit(model, data, model.loss, np.int64(2)).points == 2
+    assert sum(joined(removal_cost(model, data, model.loss, np.int32(2)).exact)) == 2
 
 
 def test_a_compiled_model():

@@ -88,6 +88,7 @@ def test_allocations(case: Case, call: Callable, allowed: int):
     assert torch.cuda.memory_allocated() <= held, "a workspace outlives its call"
 
 
+@pytest.mark.stack("devices and threads: side streams", device="cuda")
 @pytest.mark.parametrize("case", SIZES, ids=str)
 def test_side_stream(case: Case):
     """Work goes to the current stream: it waits for what that stream does before."""
@@ -143,6 +144,7 @@ def test_cuda_graph_of_pairs(case: Case):
     assert checks.same_bits(got, want)
 
 
+@pytest.mark.stack("devices and threads: side streams", device="cuda")
 def test_streams_do_not_share_scratch():
     """The same operator on two streams at once; each has a workspace of its own."""
     sides = [(build(case, DEVICE), torch.cuda.Stream()) for case in (SIZES[0], SIZES[1])]
@@ -196,6 +198,7 @@ def test_cuda_graph(case: Case):
         assert inputs.telemetry[:, 3].eq(2).all()
 
 
+@pytest.mark.stack("devices and threads: second GPU, current and not", device="2 x cuda")
 @pytest.mark.parametrize("case", cases.CASES[::4], ids=str)
 def test_another_device_than_the_current(case: Case):
     if torch.cuda.device_count() < 2:

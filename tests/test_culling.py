@@ -9,7 +9,7 @@ from growing import Classifier, same, snapshot
 from torch import Tensor
 
 from kasmina_ext.credit import removal_cost
-from kasmina_ext.culling import Expendable, find_expendable
+from kasmina_ext.culling import Expendable, find_at_fault, find_expendable
 from kasmina_ext.measure import Measurement
 
 
@@ -121,6 +121,39 @@ def test_a_smaller_budget_is_met_at_the_least_cost():
     assert shifts.search(surplus=3, share=1.0, exact=0).removed.sum() == 3
 
 
+def test_once_a_surplus_is_paid_only_what_is_judged_goes():
+    """Seeds 0 to 3 may go for the surplus only, 4 and 5 also when nobody misses them; 6 and 7 not at all."""
+    cost = torch.tensor([0.0, -0.1, 0.2, 0.3, -0.3, 0.6, -1.0, -1.0]).double()
+    shifts = Shifts(cost, torch.full((8,), 0.01).double())
+    judged = torch.tensor([False] * 4 + [True] * 2 + [False] * 2)
+    spare = judged | (torch.arange(8) < 4)
+    for surplus, gone in ((0, [4]), (1, [4]), (2, [1, 4]), (3, [0, 1, 4]), (4, [0, 1, 2, 4]), (99, [0, 1, 2, 3, 4, 5])):
+        found = shifts.search(candidates=judged, spare=spare, surplus=surplus)
+        assert found.removed.nonzero().flatten().tolist() == gone, surplus
+
+
+def test_what_turns_out_not_to_be_needed_for_a_surplus_comes_back():
+    cost = torch.tensor([0.2, 0.5, 0.4, 0.9]).double()
+    shifts = Shifts(cost, torch.full((4,), 0.01).double())
+    prices = torch.tensor([1, 5, 2, 5])
+    found = shifts.search(surplus=5, prices=prices)  # 0, 2 and 1 are 8: without 2 and 0 it is still 5
+    assert found.removed.tolist() == [False, True, False, False]
+    assert found.group_cost.isnan().tolist() == [True, False, True, True]
+    assert found.losses.mean().item() == pytest.approx(shifts.search().losses.mean().item() + 0.5, abs=1e-6)
+    assert found.exact[1] and found.cost[found.exact].tolist() == pytest.approx(cost[found.exact].tolist(), abs=1e-5)
+
+
+def test_a_surplus_is_paid_even_by_seeds_that_nothing_is_known_of():
+    shifts = Shifts(torch.full((3,), 0.5).double(), torch.ones(3).double())
+
+    def jagged(batch):  # no derivative is finite
+        y = shifts.layer(batch[0])
+        return shifts.loss(batch) + (y - y.detach()).abs().sum(1).sqrt()
+
+    found = search(shifts.layer, shifts.data, jagged, surplus=2, exact=0)
+    assert found.removed.sum() == 2
+
+
 def test_batches_that_are_not_finite():
     """For a batch's loss no seed is to blame; for a derivative beside a finite loss, the seed whose it is."""
     shifts = Shifts(torch.full((3,), 0.5).double(), torch.ones(3).double())
@@ -134,6 +167,43 @@ def test_batches_that_are_not_finite():
     steep.data[4] = (torch.where(torch.arange(3) == 2, -0.1, x), t)
     found = search(steep.layer, steep.data, lambda part: steep.loss(part) + steep.layer(part[0])[:, 2].abs().sqrt())
     assert found.nonfinite.tolist() == [0, 0, 1]
+
+
+def at_fault(layer, data, loss, among, trust):
+    with Measurement(layer, data, loss) as measurement:
+        found = find_at_fault(measurement, measurement.alpha.double(), among, trust)
+        return found, measurement.num_batches, len(measurement.losses(measurement.alpha))
+
+
+@pytest.mark.parametrize("guilty", [[], [3], [0, 7], [1, 2, 3, 4], list(range(8))], ids=str)
+def test_who_is_at_fault(guilty):
+    shifts = Shifts(torch.zeros(8).double(), torch.ones(8).double())
+    with torch.no_grad():
+        shifts.layer.blueprint_weights[0, guilty] = 1e200  # its square is infinite
+    every, trust = torch.ones(8, dtype=torch.bool), torch.zeros(8)
+    found, batches, left = at_fault(shifts.layer, shifts.data, shifts.loss, every, trust)
+    assert found.seeds.nonzero().flatten().tolist() == guilty and found.kept.all() and (batches, left) == (6, 60)
+    assert found.batches.tolist() == [6.0 * (seed in guilty) for seed in range(8)]
+
+
+def test_at_fault_on_some_batches_only_and_not_to_be_asked_about():
+    shifts = Shifts(torch.zeros(8).double(), torch.ones(8).double())
+    with torch.no_grad():
+        shifts.layer.blueprint_weights[0, [2, 5]] = 1e200
+    rows = torch.arange(60).split(10)
+
+    def loss(part):  # seed 5 does harm in the first 15 rows only, seed 2 in the last 5
+        x, n = part
+        y = shifts.layer(x) - x
+        return torch.where(n < 15, y[:, 5], 0).square() + torch.where(n >= 55, y[:, 2], 0).square() + y[:, 0].square()
+
+    data = [(x, n) for (x, _), n in zip(shifts.data, rows, strict=True)]
+    every, trust = torch.ones(8, dtype=torch.bool), torch.zeros(8)
+    found, batches, left = at_fault(shifts.layer, data, loss, every, trust)
+    assert found.batches.tolist() == [0, 0, 1, 0, 0, 2, 0, 0] and (batches, left) == (6, 60)
+    found, batches, left = at_fault(shifts.layer, data, loss, every & (torch.arange(8) != 5), trust)
+    assert found.seeds.nonzero().flatten().tolist() == [2] and (batches, left) == (5, 45)
+    assert found.kept.tolist() == [False] * 15 + [True] * 45
 
 
 def test_nothing_is_written_and_the_costs_are_those_of_what_is_left():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +58,22 @@ def test_the_five_names():
         assert type(GraftingStrategyFactory.create(name.upper(), {"ramp_duration": 3})) is type(strategy)
         assert type(GraftingStrategyFactory().create(name)) is type(strategy)
         assert create_grafting_strategy(name).config == GraftingConfig()
+
+
+def test_the_table_of_names_is_a_plain_dict():
+    assert isinstance(GRAFTING_STRATEGIES, dict)
+    assert pickle.loads(pickle.dumps(GRAFTING_STRATEGIES)) == GRAFTING_STRATEGIES
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("rate", "aborts"), [(0.5, False), (0.51, True), (NAN, True), (math.inf, True), (None, False), (-1.0, False)]
+)
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32])
+def test_an_error_rate_that_aborts(name, rate, aborts, kind):
+    strategy = create_grafting_strategy(name)
+    found = strategy.should_abort(at(3, error_rate=rate if rate is None else kind(rate)))
+    assert found is aborts and strategy.should_abort(at(3)) is False
 
 
 @pytest.mark.parametrize("name", ["cosine", "", None, 3])

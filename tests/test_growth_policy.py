@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from growing import STATES, Classifier, Run
+from torch.nn.utils import parametrize
 
-from kasmina_ext import GrowthController, TransitionRules, default_policy
+from kasmina_ext import (
+    GrowthController,
+    KasminaLayer,
+    TransitionRules,
+    TritonChunkedKasminaLayer,
+    default_policy,
+)
 from kasmina_ext.policy import STAY
 from kasmina_ext.state_layout import StateVar
 
@@ -69,11 +79,35 @@ def test_scores_of_ones_own_and_random_ones():
     assert all(sum(states) == 2 for states in picked)
 
 
-@pytest.mark.parametrize("wrong", [None, torch.zeros(6, dtype=torch.int32), torch.zeros(7)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        None,
+        torch.zeros(6, dtype=torch.int32),
+        torch.zeros(7),
+        torch.zeros(7, dtype=torch.complex64),
+        torch.ones(7, dtype=torch.bool),
+    ],
+    ids=["none", "short", "float", "complex", "mask"],
+)
 def test_a_policy_that_returns_nonsense(wrong):
     run = Run(policy=lambda seeds: wrong)
     with pytest.raises(TypeError, match=r"a policy must return integers \[7\]"):
         run.step(1)
+    assert run.states() == [0] * 7
+
+
+@pytest.mark.parametrize("state", [2**32 + 1, -(2**32) + 1, 2**63 - 1, 257])
+def test_a_policy_that_returns_what_is_no_state(state):
+    run = Run(policy=lambda seeds: torch.full((7,), state))
+    run.step(1)
+    assert run.states() == [0] * 7 and not run.events
+
+
+def test_a_policy_may_return_any_integers():
+    run = Run(policy=lambda seeds: torch.ones(7, dtype=torch.uint8))
+    run.step(1)
+    assert run.states() == [1] * 7
 
 
 def test_what_has_not_learnt_to_reconstruct_is_not_grafted_and_given_up():
@@ -139,6 +173,76 @@ def test_an_evaluating_seed_with_errors_is_culled_and_never_comes_back():
     assert run.states()[0] == STATES.DORMANT
 
 
+def test_a_bank_that_cannot_be_written_is_said_at_once():
+    model = Classifier()
+    parametrize.register_parametrization(model.second, "blueprint_weights", torch.nn.Identity())
+    with pytest.raises(ValueError, match="layer 'second' cannot grow: blueprint_weights is parametrized"):
+        GrowthController(model)
+    run = Run()
+    run.step(3)
+    parametrize.register_parametrization(run.model.first, "blueprint_weights", torch.nn.Identity())
+    before = [layer.state.clone() for layer in run.model.layers]
+    for call in (run.control.step, run.evaluate):
+        with pytest.raises(ValueError, match="layer 'first' cannot grow"):
+            call()
+    assert run.control.ticks == 3
+    assert all(torch.equal(layer.state, state) for layer, state in zip(run.model.layers, before, strict=True))
+
+
+def test_a_warning_where_two_controllers_drive_a_layer():
+    model = Classifier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, apart = GrowthController(model.first), GrowthController(model.second)
+        GrowthController(Classifier())
+    with pytest.warns(UserWarning, match="layer 'second' is driven by another controller") as seen:
+        second = GrowthController({"second": model.second})
+    assert len(seen) == 1 and seen[0].filename == __file__
+    del first, second, apart
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert GrowthController(model).names == ["first", "second"]
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_from_numpy_become_pythons():
+    model = Classifier()
+    control = GrowthController(
+        model, budget=np.int64(3), tick_every=np.int32(2), wave=np.float32(0.5), until=np.int64(4), z=np.float64(2)
+    )
+    assert control.budget == 3
+    saved = io.BytesIO()
+    torch.save(control.state_dict(), saved)
+    saved.seek(0)
+    config = torch.load(saved, weights_only=True)["config"]
+    assert (config["budget"], config["tick_every"], config["wave"], config["until"], config["z"]) == (3, 2, 0.5, 4, 2.0)
+    control.budget = np.float32(0.5)
+    assert control.budget == 4  # round(3.5)
+    control.budget = np.uint8(2)
+    assert control.budget == 2
+
+
+@pytest.mark.parametrize(("features", "seeds", "owning", "owned"), [(64, 1000, 64, 64), (10, 4, 4, 8), (8, 4, 4, 8)])
+def test_a_budget_counts_what_there_is(features, seeds, owning, owned):
+    layer = TritonChunkedKasminaLayer(torch.nn.Linear(8, features), seeds)
+    control = GrowthController(layer, budget=1.0)
+    assert control.budget == owning
+    del control
+    assert GrowthController(layer, budget=1.0, budget_in="parameters").budget == owned
+    affine = KasminaLayer(torch.nn.Linear(8, features), num_seeds=seeds, strategy="affine")
+    assert GrowthController(affine, budget=0.5, budget_in="parameters").budget == features
+
+
+def test_seeds_without_features_never_germinate():
+    layer = TritonChunkedKasminaLayer(torch.nn.Linear(8, 6), 20)
+    policy = functools.partial(default_policy, score=lambda seeds: seeds.random())
+    control = GrowthController(layer, budget=1.0, wave=1.0, tick_every=1, watch=1, scale=0.0, policy=policy)
+    control.step()
+    assert layer.lifecycle_states.tolist() == [1] * 6 + [0] * 14
+
+
 def test_bad_arguments():
     model = Classifier()
     with pytest.raises(TypeError, match="no setting 'buget'"):
@@ -155,9 +259,21 @@ def test_bad_arguments():
         ({"group": 2.0}, "group"),
         ({"exact": -1}, "exact"),
         ({"z": float("nan")}, "z must"),
+        ({"z": "1"}, "z must"),
         ({"scale": -1.0}, "factor"),
+        ({"until": "x"}, "until"),
+        ({"until": 2.0}, "until"),
+        ({"stability": float("nan")}, "stability must"),
+        ({"improvement": None}, "improvement must"),
+        ({"watch": 2.5}, "watch"),
+        ({"budget": "all"}, "budget"),
+        ({"budget": float("nan")}, "budget"),
+        ({"budget": np.float32(1.5)}, "budget"),
     ):
         with pytest.raises(ValueError, match=message):
+            GrowthController(model, **settings)
+    for settings in ({"rules": torch.zeros(11, 11, dtype=torch.int32)}, {"rules": "strict"}, {"seed": 0.5}):
+        with pytest.raises(TypeError, match="rules must be TransitionRules|seed must be an integer"):
             GrowthController(model, **settings)
     run = Run()
     with pytest.raises(ValueError, match="at least 2 batches"):

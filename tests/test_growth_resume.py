@@ -51,7 +51,7 @@ def test_a_state_of_another_controller_is_refused():
     run = Run()
     run.step(5)
     saved, before = run.control.state_dict(), run.control.state_dict()
-    other = GrowthController(run.model.first)
+    other = GrowthController(Run().model.first)
     with pytest.raises(ValueError, match="the state is of layers"):
         other.load_state_dict(saved)
     for wrong in ({}, saved | {"format": 0}):
@@ -61,6 +61,79 @@ def test_a_state_of_another_controller_is_refused():
         run.control.load_state_dict(saved | {"snapshots": [[torch.zeros(1, 1)], []]})
     after = run.control.state_dict()
     assert after["steps"] == before["steps"] == 5 and torch.equal(after["lives"], before["lives"])
+
+
+DAMAGE = {
+    "lives": torch.zeros(9, dtype=torch.int32),
+    "losses": torch.zeros(2),
+    "watched": [torch.zeros(4, 3, dtype=torch.float64)],
+    "reconstruction": [torch.zeros(4), torch.zeros(3)],
+    "snapshots": [[], [torch.zeros(2, 12)] * 3],
+    "budget": 1.5,
+    "steps": -1,
+    "ticks": None,
+}
+
+
+@pytest.mark.parametrize("entry", DAMAGE)
+@pytest.mark.parametrize("how", ["damaged", "missing", "of no kind"])
+def test_a_damaged_state_is_refused_and_nothing_is_changed(entry, how):
+    run = Run()
+    run.control.step(None, [torch.ones(4), torch.ones(3)])
+    run.step(5)
+    saved = run.control.state_dict()
+    run.step(4)
+    before = run.control.state_dict()
+    if how == "missing":
+        del saved[entry]
+    else:
+        saved[entry] = DAMAGE[entry] if how == "damaged" else "x"
+    with pytest.raises(ValueError, match=entry if how != "missing" else f"the state has no {entry}"):
+        run.control.load_state_dict(saved)
+    after = run.control.state_dict()
+    for name in ("budget", "steps", "ticks", "reconstruction"):
+        assert after[name] == before[name]
+    for name in ("lives", "losses"):
+        assert torch.equal(after[name], before[name])
+    for one, two in zip(
+        after["watched"] + sum(after["snapshots"], []), before["watched"] + sum(before["snapshots"], []), strict=True
+    ):
+        assert torch.equal(one, two)
+
+
+def test_a_state_of_nothing_is_refused():
+    for wrong in (None, [], {"format": 1}):
+        with pytest.raises(ValueError, match="no controller's state|the state has no"):
+            Run().control.load_state_dict(wrong)
+
+
+# ---- telemetry that begins afresh ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_after_a_reset_a_wave_goes_by_all_that_was_seen_since(more, resumes):
+    """However many backward passes there have been before and since."""
+    run = Run(budget=2, wave=0.5, watch=2)
+    run.step(2)
+    assert len(run.events) == 1
+    run.step(more % 2)
+    for layer in run.model.layers:
+        layer.reset_telemetry()
+    if resumes:
+        later = Run(budget=2, wave=0.5, watch=2)
+        later.model.load_state_dict(run.model.state_dict())
+        later.control.load_state_dict(run.control.state_dict())
+        later.done, run = run.done, later
+    for _ in range(more):  # backward passes between the optimizer's steps
+        run.model.loss((run.train[0][:9], run.train[1][:9])).mean().backward()
+    run.step(2 - more % 2)
+    seen = torch.cat([layer.grad_telemetry for layer in run.model.layers])
+    assert (seen[:, 2] == 2 - more % 2 + more).all()
+    [event] = [event for event in run.events if event["tick"] == 4 and event["to"] == "GERMINATED"]
+    seed = event["seed"] + (4 if event["layer"] == "second" else 0)
+    total = seen[seed, :2].sum() if seed >= 4 else seen[seed, 0]
+    assert event["potential"] == pytest.approx((total / seen[seed, 2]).item())
 
 
 # ---- the event log ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -169,6 +170,17 @@ def test_features_are_found(base, hidden_dim, feature_dim):
     assert (layer.hidden_dim, layer.feature_dim) == (hidden_dim, feature_dim)
 
 
+def test_numbers_from_numpy():
+    base = nn.Linear(4, 32)
+    base.out_features = np.int64(32)
+    layer = KasminaLayer(base, num_seeds=np.int64(4), num_blueprints=np.uint8(3), ramp_epochs=np.int32(5))
+    assert (layer.num_seeds, layer.num_blueprints, layer.hidden_dim, layer.ramp_epochs) == (4, 3, 32, 5)
+    assert type(layer.hidden_dim) is int and KasminaLayer(base, chunk_size=np.int64(8)).num_seeds == 4
+    assert layer.request_state_transition(np.int64(1), np.int64(1), {"blueprint": np.int64(1)})
+    assert layer.request_state_transitions(np.int64(1), np.int64(2)).tolist() == [0]
+    assert layer.lifecycle_states.tolist() == [0, 2, 0, 0]
+
+
 def test_features_can_be_given():
     x = torch.randn(5, 6)
     layer = KasminaLayer(Unknown(), hidden_dim=6, chunk_size=2)
@@ -301,6 +313,7 @@ def test_features_in_the_second_dimension(device, base, shape):
     assert y.stride() == torch.empty_like(plain).stride()
 
 
+@pytest.mark.stack("shapes: NCHW and channels_last without copies")
 def test_channels_last_stays_channels_last(device):
     layer = KasminaLayer(nn.Conv2d(4, 8, 3, device=device)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 6, 6, device=device).to(memory_format=torch.channels_last)
@@ -317,6 +330,8 @@ class Talkative(nn.Linear):
 Pair = namedtuple("Pair", "hidden cache")
 
 
+@pytest.mark.stack("shapes: base layers with extra and keyword arguments")
+@pytest.mark.stack("shapes: base layers that return tuples")
 def test_extra_arguments_and_tuples():
     layer = KasminaLayer(Talkative(3, 8), strategy="additive", num_blueprints=1)
     layer.set_blueprint(None, 0)
@@ -421,6 +436,7 @@ def test_telemetry_off_and_reset(device):
     assert not layer.telemetry.any() and not layer.grad_telemetry.any()
 
 
+@pytest.mark.stack("shapes: shared layers used twice in a forward")
 def test_a_layer_used_twice_counts_twice_and_adds_gradients(device):
     layer = KasminaLayer(nn.Linear(4, 4, device=device))
     layer.lifecycle_states, layer.blueprint_ids = 3, 0

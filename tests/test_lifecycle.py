@@ -192,6 +192,24 @@ def test_gate_looks_at_metrics_that_are_given(edge, metrics, expected, where):
     assert LifecycleManager().request_transition(made) is expected
 
 
+@pytest.mark.parametrize(
+    ("source", "target", "epochs", "metric"),
+    [
+        (2, 3, 100, "reconstruction_loss"),
+        (5, 6, 30, "performance_delta"),
+        (5, 8, 30, "error_rate"),
+        (6, 7, 50, "total_improvement"),
+    ],
+)
+def test_a_metric_that_is_none_is_missing(source, target, epochs, metric):
+    def judged(metrics, **metadata):
+        context = TransitionContext(0, source, target, epochs, metrics, metadata=metadata)
+        return StateTransition.validate_transition(source, target, context)
+
+    assert judged({metric: None}, reconstruction_threshold=None) == judged({})
+    assert judged({})[0] is False
+
+
 def test_gate_belongs_to_the_user():
     manager = LifecycleManager()
     manager.valid_transitions.add((ExtendedLifecycle.CULLED, ExtendedLifecycle.DORMANT))

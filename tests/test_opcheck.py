@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import lifecycle_model as model
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from cases import Case, build
 
 from kasmina_ext import ops as _registers_the_operators  # noqa: F401
+from kasmina_ext._schema import SCHEMAS
 
 kasmina = torch.ops.kasmina
+pytestmark = pytest.mark.stack("introspection: torch.library.opcheck")
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.short)
@@ -114,3 +118,8 @@ def test_pair_moments(device, case):
 def test_empty(device, case):
     leaves = build(case, device).requiring_grad()
     torch.library.opcheck(kasmina.chunked_forward, (leaves.x, *leaves.seeds, leaves.telemetry, leaves.grad_telemetry))
+
+
+def test_every_operator_is_checked():
+    text = Path(__file__).read_text()
+    assert [name for name in SCHEMAS if f"opcheck(kasmina.{name}," not in text] == []

@@ -1,45 +1,16 @@
-"""Optimizers: frozen fossils, banks without decay, and moments that a new blueprint does not inherit."""
+"""Optimizers: banks without decay, and moments that a new blueprint does not inherit."""
 
 from __future__ import annotations
 
 import copy
-import gc
-import weakref
+from collections import deque
 
 import pytest
 import torch
+from optimizing import ANY, OPTIMIZERS, moments, network, steps, used
 from torch import nn
 
 import kasmina_ext as kx
-from kasmina_ext import optim as kasmina_optim
-
-ANY = kx.TransitionRules.any()
-
-
-class SignMomentum(torch.optim.Optimizer):
-    """Like Lion: one moment, whose sign is the step."""
-
-    def __init__(self, params, lr=1e-3, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                moment = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(group["lr"] * (0.9 * moment + 0.1 * p.grad).sign())
-                moment.lerp_(p.grad, 0.01)
-
-
-OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adamw-foreach-amsgrad": lambda groups: torch.optim.AdamW(groups, amsgrad=True, foreach=True),
-    "adamw-fused": lambda groups: torch.optim.AdamW(groups, fused=True),
-    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9),
-    "sgd-nesterov": lambda groups: torch.optim.SGD(groups, momentum=0.9, nesterov=True),
-    "lion-like": SignMomentum,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -49,43 +20,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def network(device, **arguments):
-    torch.manual_seed(0)
-    layer = kx.KasminaLayer(nn.Linear(6, 16, device=device), num_seeds=4, num_blueprints=4, **arguments)
-    model = nn.Sequential(layer, nn.Tanh(), nn.Linear(16, 3, device=device))
-    for name in ("germinated", "training", "grafting"):
-        layer.request_state_transitions(None, name, [0, 1, 2, 0] if name == "germinated" else None)
-    return model, layer
-
-
-def steps(model, optimizer, count):
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(32, 6, generator=generator).to(device)
-    y = torch.randint(0, 3, (32,), generator=generator).to(device)
-    for _ in range(count):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def moments(optimizer, layer):
-    values = optimizer.state[layer.blueprint_weights].values()
-    found = [v for v in values if isinstance(v, torch.Tensor) and v.shape == layer.blueprint_weights.shape]
-    assert found
-    return found
-
-
-def used(layer, seeds):
-    """bool [P, H] from the specification: the seeds' rows and features."""
-    mask = torch.zeros_like(layer.blueprint_weights, dtype=torch.bool)
-    offsets = layer.seed_offsets.tolist()
-    for seed in seeds:
-        p, rows = int(layer.blueprint_ids[seed]), 2 if int(layer.grafting_strategies[seed]) == 3 else 1
-        mask[p : p + rows, offsets[seed] : offsets[seed + 1]] = True
-    return mask
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -123,36 +57,51 @@ def test_each_parameter_is_in_one_group():
     assert len(groups[0]["params"]) == 2
 
 
-# ---- fossils ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd", "lion-like"])
-def test_a_fossil_keeps_its_bits_for_a_thousand_steps(device, name):
-    model, layer = network(device)
-    optimizer = OPTIMIZERS[name](kx.param_groups(model, 0.01, 0.1))
-    steps(model, optimizer, 30)
-    assert not layer.request_state_transitions([0, 2], "fossilized", rules=ANY).any()
-    fossils, alive = used(layer, [0, 2]), used(layer, [1, 3])
-    before = layer.blueprint_weights.detach().clone()
-    steps(model, optimizer, 1000)
-    changed = layer.blueprint_weights.detach().view(torch.int32) != before.view(torch.int32)
-    assert not changed[fossils].any()
-    assert changed[alive].all()
-    assert not changed[~fossils & ~alive].any()
-
-
-def test_without_the_reset_a_fossil_would_move(device):
-    """What the test above would say of an optimizer that nobody looks after."""
-    model, layer = network(device)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0)
-    steps(model, optimizer, 30)
-    layer.request_state_transitions(0, "fossilized", rules=ANY)
-    before = layer.blueprint_weights.detach().clone()
-    steps(model, optimizer, 1)
-    assert (layer.blueprint_weights != before)[used(layer, [0])].all()
-
-
 # ---- moments ---------------------------------------------------------------------------------------------------------
+
+
+def test_late_seeds_take_long_first_steps_with_adams_betas_and_not_with_the_others():
+    """What param_groups says of them."""
+    longest = {}
+    for betas in ((0.9, 0.999), (0.9, 0.95)):
+        weight = nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.Adam([weight], 1e-3, betas)
+        lengths = []
+        for step in range(1300):
+            before = weight.detach().clone()
+            weight.grad = torch.full_like(weight, 1e-2 if step >= 1000 else 0.0)
+            optimizer.step()
+            lengths.append((weight - before).abs().item() / 1e-3)
+        longest[betas] = max(lengths)
+    assert 4 < longest[0.9, 0.999] < 7 and longest[0.9, 0.95] < 1.2
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps what it remembers in lists and dicts."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        pass
+
+
+def test_moments_in_lists_and_dicts_are_reset_too():
+    model, layer = network("cpu")
+    bank = layer.blueprint_weights
+    optimizer = Nested([bank])
+    moments = [torch.ones_like(bank) for _ in range(4)]
+    others = [torch.ones(bank.numel()), torch.ones(3)]
+    optimizer.state[bank] = {
+        "list": [moments[0], 3, others[0]],
+        "deep": {"a": {"b": (moments[1], "name")}, "c": others[1], "d": None},
+        "queue": deque([moments[2]]),
+        "plain": moments[3],
+    }
+    layer.reset_optimizer_state(optimizer, [1, 2])
+    expected = torch.where(used(layer, [1, 2]), 0.0, 1.0)
+    assert all(torch.equal(moment, expected) for moment in moments)
+    assert all(other.all() for other in others)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -221,18 +170,6 @@ def test_a_blueprint_that_began_and_went_on_between_two_steps_starts_afresh(devi
     assert moments(optimizer, layer)[0][used(layer, [2, 3])].all() and before[used(layer, [0])].all()
 
 
-def test_steps_without_a_change_of_state_ask_nothing(monkeypatch):
-    model, layer = network("cpu")
-    optimizer = torch.optim.AdamW(kx.param_groups(model, 0.01))
-    steps(model, optimizer, 1)
-    monkeypatch.setattr(kasmina_optim, "_begun_or_ended", lambda *args: pytest.fail("asked"))
-    steps(model, optimizer, 3)
-    steps(model[2:], torch.optim.SGD(model[2].parameters(), 0.1), 0)
-    layer.lifecycle_states[0] = 4
-    with pytest.raises(pytest.fail.Exception, match="asked"):
-        steps(model, optimizer, 1)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_nothing_waits_for_a_gpu():
     model, layer = network("cuda")
@@ -269,15 +206,5 @@ def test_bad_arguments():
             kx.reset_optimizer_state(optimizer, seeds, layer)
         assert torch.equal(moments(optimizer, layer)[0], before)
     stranger = torch.optim.Adam(nn.Linear(2, 2).parameters())
-    with pytest.raises(ValueError, match="known to train the banks of 0 layers"):
+    with pytest.raises(ValueError, match="trains the banks of 0 layers"):
         kx.reset_optimizer_state(stranger, 0)
-
-
-def test_looking_after_layers_keeps_none_of_them_alive():
-    model, layer = network("cpu")
-    optimizer = torch.optim.Adam(kx.param_groups(model))
-    steps(model, optimizer, 1)
-    alive = weakref.ref(layer), weakref.ref(optimizer)
-    del model, layer, optimizer
-    gc.collect()
-    assert [ref() for ref in alive] == [None, None]

@@ -51,6 +51,7 @@ def test_fresh(state, device):
     assert not state.history_pointers.any()
     assert state.performance_metrics.shape == (6, 4) and state.performance_metrics.dtype == torch.float32
     assert ExtendedStateTensor(2).device.type == "cpu"
+    assert ExtendedStateTensor(np.int64(2)).num_seeds == ExtendedStateTensor(np.uint8(2)).num_seeds == 2
 
 
 @pytest.mark.parametrize("count", [-1, 2.0, None, True])
@@ -287,6 +288,32 @@ def test_rollback_states_are_those_before(state):
         state.get_rollback_states([6])
 
 
+@pytest.mark.parametrize("seeds", [1, np.int64(1), torch.tensor(1), [1, 3], None, slice(0, 2)], ids=repr)
+@pytest.mark.parametrize("read", ["get_state", "get_rollback_states"])
+def test_what_was_read_does_not_change_later(state, seeds, read):
+    """Nor does writing it write the state."""
+    got = getattr(state, read)(seeds)
+    before = got.clone()
+    state.set_state(None, "training")
+    state.set_state(None, "grafting")
+    assert torch.equal(got, before) and not torch.equal(getattr(state, read)(seeds), before)
+    kept = bits(state)
+    got.fill_(9)
+    assert_unchanged(state, kept)
+
+
+def test_a_loss_with_its_graph_leaves_no_graph_behind(state, device):
+    weight = torch.ones(3, device=device, requires_grad=True)
+    loss = (weight * 2).sum()
+    state.update_performance(0, {"loss": loss, "accuracy": (weight / 2)[:1].squeeze()})
+    state.update_performance([1, 2], torch.stack([loss] * 4))
+    metrics = state.performance_metrics
+    assert not metrics.requires_grad and metrics.grad_fn is None
+    assert metrics.tolist()[:3] == [[6, 0.5, 0, 0], [6] * 4, [6] * 4]
+    loss.backward()
+    assert weight.grad.tolist() == [2, 2, 2]
+
+
 def test_validate_transitions_is_the_strict_table(device):
     limits = {0: 0, 1: 0, 2: 100, 3: 50, 4: 20, 5: 30, 6: 50}
     graph = {0: {1}, 1: {2, 9}, 2: {3, 8, 9}, 3: {4, 10}, 4: {5, 10}, 5: {6, 8, 10}, 6: {7, 8, 10}}
@@ -361,6 +388,15 @@ def test_dict_round_trip_through_a_safe_file(state):
         ({"state_tensor": torch.zeros(2, 8, dtype=torch.int32)}, r"state_tensor must have shape \[3, 8\]"),
         ({"history_count": torch.ones(3)}, "history_count must be integers"),
         ({"num_seeds": -1}, "num_seeds must be"),
+        ({"state_tensor": torch.full((3, 8), 2**40)}, r"LIFECYCLE_STATE must be in \[0, 10\], got 1099511627776"),
+        ({"state_tensor": torch.full((3, 8), 99)}, "LIFECYCLE_STATE must be in"),
+        ({"state_tensor": torch.tensor([[0, -2, 0, 0, 0, 0, 0, 0]] * 3)}, "BLUEPRINT_ID must be in"),
+        ({"state_tensor": torch.tensor([[0, 0, -1, 0, 0, 0, 0, 0]] * 3)}, "EPOCHS_IN_STATE must be in"),
+        ({"state_tensor": torch.tensor([[0, 0, 0, 4, 0, 0, 0, 0]] * 3)}, "GRAFTING_STRATEGY must be in"),
+        ({"state_tensor": torch.tensor([[0, 0, 0, 0, 0, 0, 2**31, 0]] * 3)}, "EVALUATION_SCORE must be in"),
+        ({"history_count": torch.tensor([0, -3, 1])}, r"history_count must be in \[0, 2147483647\], got -3"),
+        ({"history_count": torch.tensor([0, 2**31, 1])}, "history_count must be in"),
+        ({"transition_history": torch.full((3, 10, 2), 11)}, r"transition_history must be in \[0, 10\], got 11"),
     ],
 )
 def test_a_dict_that_does_not_fit(change, message):

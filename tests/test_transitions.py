@@ -425,6 +425,7 @@ def a_day(layer, ids, targets, blueprints, strategies):
     return first, second, third, layer.recycle(ids)
 
 
+@pytest.mark.stack("torch.compile: request_state_transitions and step_lifecycle traced")
 def test_requests_and_steps_are_traced_into_one_graph(device, kernels):
     torch._dynamo.reset()
     graphs = []
@@ -478,7 +479,7 @@ def test_verdicts_in_words(layer):
     lines = explain_verdicts(verdicts, [0, 0, 7, 1])
     assert lines == [
         "request 0, seed 0: SUPERSEDED: a later request in the batch names the same seed",
-        "request 1, seed 0: APPLIED: applied",
+        "request 1, seed 0: APPLIED",
         "request 2, seed 7: SEED_OUT_OF_RANGE: there is no such seed",
         "request 3, seed 1: ILLEGAL_TRANSITION: the rules have no such transition",
     ]
