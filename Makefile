@@ -15,7 +15,9 @@ endif
 
 C_FILES := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-.PHONY: help setup build test demo growth check bench gpu-check clean
+STACKS := benchmarks/results/stacks.json
+
+.PHONY: help setup build test stacks demo growth check bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## show this
@@ -29,6 +31,9 @@ build: setup ## compile the extension in place (only what changed) and install t
 
 test: build ## run all tests
 	$(PY) -m pytest $(ARGS)
+
+stacks: build ## run the tests that prove what works where, into benchmarks/results/stacks.json and the README's table
+	@KASMINA_STACKS=$(STACKS) $(PY) -m pytest -m stack $(ARGS); code=$$?; $(PY) scripts/render_stacks.py && exit $$code
 
 demo: build ## watch a damaged network grow back (ARGS="--help" lists its options)
 	$(PY) scripts/demo.py $(ARGS)

@@ -1,9 +1,15 @@
 """Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
 
-from kasmina_ext import compat, flags, ops, reference, telemetry
+from kasmina_ext import compat, distributed, flags, ops, reference, telemetry
+from kasmina_ext.activations import record_activations
+from kasmina_ext.calibrate import CalibrationReport, calibrate_
+from kasmina_ext.checkpoint import CheckpointError, CheckpointManager, CheckpointRecovery
+from kasmina_ext.checkpoint.state_dict import load_state_dict
 from kasmina_ext.chunking import ChunkManager
 from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
+from kasmina_ext.distributed import prepare_ddp
+from kasmina_ext.fold import FoldError, absorb, fold_, fold_report, unfold_
 from kasmina_ext.grafting import (
     GRAFTING_STRATEGIES,
     AlphaSchedule,
@@ -29,11 +35,16 @@ from kasmina_ext.state import ExtendedStateTensor, StateVar
 from kasmina_ext.telemetry import potential
 
 __all__ = [
-    "GRAFTING_STRATEGIES",
     "AlphaSchedule",
+    "CalibrationReport",
+    "CheckpointError",
+    "CheckpointManager",
+    "CheckpointRecovery",
     "ChunkManager",
     "ExtendedLifecycle",
     "ExtendedStateTensor",
+    "FoldError",
+    "GRAFTING_STRATEGIES",
     "GraftingConfig",
     "GraftingContext",
     "GraftingStrategy",
@@ -48,18 +59,27 @@ __all__ = [
     "TransitionRules",
     "TritonChunkedKasminaLayer",
     "Verdict",
+    "absorb",
+    "calibrate_",
     "compat",
     "create_grafting_strategy",
     "credit",
     "default_policy",
+    "distributed",
     "explain_verdicts",
     "flags",
+    "fold_",
+    "fold_report",
+    "load_state_dict",
     "ops",
     "param_groups",
     "potential",
+    "prepare_ddp",
+    "record_activations",
     "reference",
     "removal_cost",
     "reset_optimizer_state",
     "telemetry",
+    "unfold_",
 ]
 __version__ = "0.1.0"

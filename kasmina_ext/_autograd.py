@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Backend(NamedTuple):
@@ -34,7 +36,7 @@ class SingleLevelFunction(Function):
             return super(Function, cls).apply(*args)
 
 
-class _Blend(SingleLevelFunction):
+class KasminaBlend(SingleLevelFunction):
     @staticmethod
     def forward(ctx, backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry):
         ctx.save_for_backward(x, seed_offsets, state, alpha, weights)
@@ -77,7 +79,7 @@ def blend(
     needs_grad = x.requires_grad or weights.requires_grad or alpha.requires_grad
     if not (needs_grad and torch.is_grad_enabled()):
         return backend.forward(x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
-    return _Blend.apply_any_level(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+    return KasminaBlend.apply_any_level(backend, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
 
 
 def beyond_one_backward(*inputs: object) -> bool:
@@ -89,6 +91,17 @@ def beyond_one_backward(*inputs: object) -> bool:
         return False
     tensors = (each for each in inputs if isinstance(each, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+@functools.cache
+def _nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    with _disable_current_modes(), torch.inference_mode(False):
+        return torch.empty(0, device=device, dtype=dtype)
+
+
+def nothing_like(tensor: Tensor) -> Tensor:
+    """A tensor of size 0, made once: selective checkpointing complains of an operator that the forward did not call."""
+    return _nothing(tensor.device, tensor.dtype)
 
 
 def recomputing(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kasmina_ext import _autograd, _native, _validate, reference, reference_lifecycle
+from kasmina_ext import _autograd, _native, _validate, reference, reference_calibration, reference_lifecycle
 from kasmina_ext._schema import SCHEMAS
 
 _kasmina = torch.ops.kasmina
@@ -29,7 +29,8 @@ def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = 
     def no_vmap(*args, **kwargs):
         raise RuntimeError(
             f"kasmina::{name} cannot be vmapped: it has no batching rule, since its seeds belong to one layer; call it "
-            "on the whole batch"
+            "on the whole batch, or give the layer enable_triton=False (KasminaLayer: enable_kernels=False) and "
+            "telemetry=False"
         )
 
     _library.impl(name, fallback, "CompositeExplicitAutograd")
@@ -109,7 +110,7 @@ def _forward_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetr
         # torch lets None pass for a tensor: the checks name it.
         _validate.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
     if telemetry.numel() and _autograd.recomputing(x):
-        telemetry = telemetry.new_empty(0)
+        telemetry = _autograd.nothing_like(telemetry)
     return _autograd.blend(_NATIVE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
@@ -289,7 +290,7 @@ def _reconstruction_backward_fake(grad_loss, x, target, seed_offsets, state, blu
     return blueprint_weights.new_empty(blueprint_weights.shape)
 
 
-class _Reconstruction(_autograd.SingleLevelFunction):
+class KasminaReconstructionLoss(_autograd.SingleLevelFunction):
     @staticmethod
     def forward(ctx, x, target, seed_offsets, state, blueprint_weights):
         ctx.save_for_backward(x, target, seed_offsets, state, blueprint_weights)
@@ -309,12 +310,24 @@ def _reconstruction_autograd(x, target, seed_offsets, state, blueprint_weights):
     if _autograd.beyond_one_backward(blueprint_weights):
         _raise_beyond("reconstruction_loss", "once, backward, in the bank")
     if blueprint_weights.requires_grad and torch.is_grad_enabled():
-        return _Reconstruction.apply_any_level(*args)
+        return KasminaReconstructionLoss.apply_any_level(*args)
     return _below_autograd(_kasmina.reconstruction_loss.default, *args)
 
 
 def _reconstruction_backward_autograd(*args):
     return _without_derivative(_kasmina.reconstruction_loss_backward.default, *args)
+
+
+# ---- pair_moments ----------------------------------------------------------------------------------------------------
+
+
+def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
+    """Join the pairs of each feature into ``moments [H, 6]``. See :func:`kasmina_ext.reference_calibration.pair_moments`."""
+    _kasmina.pair_moments(x, t, moments)
+
+
+def _pair_moments_autograd(x, t, moments):
+    _below_autograd(_kasmina.pair_moments.default, x, t, moments)
 
 
 _register("chunked_forward", reference.forward_op, _forward_fake, _forward_autograd)
@@ -339,3 +352,4 @@ _register(
     _reconstruction_backward_fake,
     _reconstruction_backward_autograd,
 )
+_register("pair_moments", reference_calibration.pair_moments, _validate.pair_moments, _pair_moments_autograd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,14 @@ def param_groups(
     trains its bank, :func:`reset_optimizer_state` runs first for the seeds whose blueprint began
     (GERMINATED) or ended (FOSSILIZED, CULLED, CANCELLED, ROLLED_BACK) since the step before, and what
     ``.grad`` has of them from before is not applied any more. (Not inside a compiled step or a CUDA
-    graph: there call it yourself.)
+    graph, nor for states that DDP's broadcast of buffers brought: there call it yourself.)
 
     Adam counts its steps for a whole bank, not for a seed: where a seed germinates late, moments
     start at 0 without the correction that a new optimizer makes, and with betas (0.9, 0.999) the
     seed's first steps are three to six times ``lr``. Where that is too much, give the banks' group
     ``betas=(0.9, 0.95)``, with which no step of a steady gradient is much longer than ``lr``.
     """
-    banks = [module.blueprint_weights for module in model.modules() if isinstance(module, BlueprintBank)]
+    banks = [module.lasting_bank for module in model.modules() if isinstance(module, BlueprintBank)]
     taken = {id(bank) for bank in banks}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     groups = [
@@ -81,6 +81,8 @@ class _Seen(NamedTuple):
     """Identity of the parameter."""
     trained: int
     """Parameters of the optimizer."""
+    loaded: Tensor | None
+    """The layer's mark of the last load: what was loaded has a past of its own."""
     state: ref[Tensor] | None
     """None: the optimizer does not train the bank."""
     version: int | float | None
@@ -89,6 +91,7 @@ class _Seen(NamedTuple):
 
 
 _looked_after: WeakKeyDictionary[KasminaLayer, WeakKeyDictionary[Optimizer, _Seen]] = WeakKeyDictionary()
+_saved_in_time: WeakSet[Optimizer] = WeakSet()
 
 
 def look_after(layer: KasminaLayer) -> None:
@@ -100,11 +103,13 @@ def look_after(layer: KasminaLayer) -> None:
 @functools.cache
 def _listen() -> RemovableHandle:
     """One hook for all optimizers: there is no telling which will train a layer."""
-    return register_optimizer_step_pre_hook(_before_step)
+    return register_optimizer_step_pre_hook(settle)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """At each step of any optimizer: a few comparisons, and work only for layers whose state was written."""
+def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+    """Do what :func:`param_groups` promises of a step. Called before each step of any optimizer: a few comparisons, and
+    work only for layers whose state was written.
+    """
     if torch.compiler.is_compiling():
         return
     trained = sum([len(group["params"]) for group in optimizer.param_groups])
@@ -113,22 +118,27 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if layer is None:
             continue
         seen = _looked_after[layer]
-        bank, state = layer._parameters.get("blueprint_weights"), layer._buffers["state"]
-        last = seen.get(optimizer)
-        if last is not None and last.bank == id(bank) and last.trained == trained:
+        bank, state = layer.own_bank, layer._buffers["state"]
+        last, loaded = seen.get(optimizer), layer._loaded_history_count
+        known = last is not None and last.bank == id(bank) and last.loaded is loaded
+        if known and last.trained == trained:
             if last.state is None or (last.state() is state and last.version == _version(state)):
                 continue
         if not _trains(optimizer, layer):
-            seen[optimizer] = _Seen(id(bank), trained, None, None, None)
+            seen[optimizer] = _Seen(id(bank), trained, loaded, None, None, None)
             continue
+        if optimizer not in _saved_in_time:
+            # What is due at the next step must not be forgotten when the run goes on elsewhere.
+            optimizer.register_state_dict_pre_hook(settle)
+            _saved_in_time.add(optimizer)
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             continue
         count = layer._buffers["history_count"]
-        known = last is not None and last.bank == id(bank) and last.history_count is not None
-        since = last.history_count.to(count.device, non_blocking=True) if known else count
+        since = last.history_count if known and last.history_count is not None else loaded
+        since = count if since is None else since.to(count.device, non_blocking=True)
         layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
         layer.forget_gradient(begins_or_ends(layer.lifecycle_states))
-        seen[optimizer] = _Seen(id(bank), trained, ref(state), _version(state), count.clone())
+        seen[optimizer] = _Seen(id(bank), trained, loaded, ref(state), _version(state), count.clone())
 
 
 def _version(state: Tensor) -> int | float:
@@ -137,7 +147,7 @@ def _version(state: Tensor) -> int | float:
 
 
 def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
-    bank = layer._parameters.get("blueprint_weights")
+    bank = layer.own_bank
     if bank is None:
         return False
     return any(parameter is bank for group in optimizer.param_groups for parameter in group["params"])

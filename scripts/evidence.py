@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_CHECK = ROOT / "benchmarks/results/gpu_check.json"
+STACKS = ROOT / "benchmarks/results/stacks.json"
 
 _FOLDERS = ("csrc", "kasmina_ext", "tests")
 _SUFFIXES = {".c", ".h", ".cu", ".cuh", ".cpp", ".py"}

@@ -1,7 +1,8 @@
 """The evidence from a machine with a GPU: builds, runs all tests, then the kernels under compute-sanitizer.
 
-Writes benchmarks/results/gpu_check.json, tied to the sources by their hash (evidence.py). Exits with 1 if anything
-failed, was skipped for want of a CUDA device, or could not be run.
+Writes benchmarks/results/gpu_check.json, tied to the sources by their hash (evidence.py), and into stacks.json beside it
+what the tests prove of CUDA (tests/stacks.py). Exits with 1 if anything failed, was skipped for want of a CUDA device, or
+could not be run.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def run_tests(deadline: float, jobs: int) -> tuple[dict[str, int], list[str]]:
     command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *(["-n", str(jobs)] if jobs > 1 else [])]
     log = LOGS / "pytest.log"
     # Threads that outnumber the cores wait for each other: a suite of minutes becomes one of hours.
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "KASMINA_STACKS": str(evidence.STACKS)}
     code = run_logged(command, log, deadline, environment)
     if not report.exists():
         return {}, [f"pytest ended with {code} and no report (see {log.name})"]
@@ -205,9 +206,9 @@ def run_logged(
 
 
 def copy_results(folder: Path) -> None:
-    """At most eight files: the record, pytest's log, each tool's."""
+    """At most eight files: the records, pytest's log, each tool's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (evidence.GPU_CHECK, LOGS / "pytest.log", *(LOGS / f"{tool}.log" for tool in TOOLS)):
+    for path in (evidence.GPU_CHECK, evidence.STACKS, LOGS / "pytest.log", *(LOGS / f"{tool}.log" for tool in TOOLS)):
         if path.exists():
             shutil.copy(path, folder)
 

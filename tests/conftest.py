@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stacks
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import evidence  # noqa: E402
 
 HAS_CUDA = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # convolutions with all of float32's digits
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitizer: small cases of the kernels, also run under compute-sanitizer")
+    stacks.register(config)
 
 
 @pytest.fixture(

@@ -78,6 +78,10 @@ def leaves_of(case: Case, device):
 SMALL = Case((12, 40), 6, states="grafted", telemetry="fresh")
 
 
+@pytest.mark.stack(
+    "devices and threads: second derivatives",
+    refused="RuntimeError: no derivative of its own; the reference has (enable_kernels=False)",
+)
 def test_second_derivative_names_the_way_out(device):
     inputs = leaves_of(SMALL, device)
     (dx,) = torch.autograd.grad(run("ops", inputs).square().sum(), inputs.x, create_graph=True)
@@ -176,6 +180,7 @@ def test_writing_through_a_view_of_the_state_is_a_change_too(backend, device):
         y.sum().backward()
 
 
+@pytest.mark.stack("devices and threads: inference_mode and no_grad")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @checks.backends
 def test_without_a_graph(backend, device, mode):
@@ -189,6 +194,7 @@ def test_without_a_graph(backend, device, mode):
     assert torch.equal(inputs.telemetry[:, 3], before + 1)
 
 
+@pytest.mark.stack("devices and threads: inference_mode and no_grad")
 @checks.backends
 def test_tensors_of_inference_mode(backend, device):
     """Buffers made in inference mode take telemetry there."""
@@ -235,6 +241,7 @@ def test_saved_tensor_hooks(backend, device):
     assert any(t.shape == inputs.x.shape for t in packed)
 
 
+@pytest.mark.stack("devices and threads: torch.func.grad")
 @checks.backends
 def test_func_grad(backend, device):
     """torch.func.grad gives what autograd gives."""
@@ -250,6 +257,7 @@ def test_func_grad(backend, device):
         assert checks.same_bits(got, leaf.grad)
 
 
+@pytest.mark.stack("devices and threads: functional_call")
 @checks.backends
 def test_functional_call(backend, device):
     """Per-parameter gradients through a module, as torch.func users write them."""
@@ -273,6 +281,10 @@ def test_functional_call(backend, device):
     assert checks.same_bits(grads["weights"], module.weights.grad)
 
 
+@pytest.mark.stack(
+    "devices and threads: vmap",
+    refused="RuntimeError: cannot be vmapped; the reference can (enable_kernels=False, telemetry=False)",
+)
 def test_vmap_is_refused(device):
     inputs = build(Case((5, 12, 40), 6), device)
     with pytest.raises(RuntimeError, match="chunked_forward.*vmap"):

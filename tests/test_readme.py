@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_its_code_runs_and_wrapping_changes_no_bit(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    before, after, growth, by_hand = blocks
+    before, after, growth, by_hand, checkpoints = blocks
     names: dict = {}
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -28,6 +28,10 @@ def test_its_code_runs_and_wrapping_changes_no_bit(capsys, tmp_path, monkeypatch
     exec(by_hand, names)
     printed = capsys.readouterr().out
     assert "SEED_OUT_OF_RANGE" in printed and "true gain" in printed
+    bits = {name: value.clone() for name, value in names["model"].state_dict().items()}
+    exec(checkpoints, names)
+    assert capsys.readouterr().out.startswith("layer_latest_") and len(list((tmp_path / "saved").iterdir())) == 2
+    assert all(torch.equal(value, bits[name]) for name, value in names["model"].state_dict().items())
 
 
 def test_the_files_that_it_names_exist():

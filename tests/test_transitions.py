@@ -425,6 +425,7 @@ def a_day(layer, ids, targets, blueprints, strategies):
     return first, second, third, layer.recycle(ids)
 
 
+@pytest.mark.stack("torch.compile: request_state_transitions and step_lifecycle traced")
 def test_requests_and_steps_are_traced_into_one_graph(device, kernels):
     torch._dynamo.reset()
     graphs = []

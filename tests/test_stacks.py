@@ -1,0 +1,130 @@
+"""The table of what works where: every row is proven by a test, and results are merged as they should be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import render_stacks
+import stacks
+
+pytest_plugins = ["pytester"]
+
+FIRST, SECOND = stacks.NAMES[:2]
+# Workers do not inherit the path.
+CONFTEST = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import stacks
+
+def pytest_configure(config):
+    stacks.register(config)
+"""
+TESTS = f"""
+import pytest
+
+@pytest.mark.stack({FIRST!r})
+def test_fine(record_property):
+    record_property("peak MiB", 3)
+
+@pytest.mark.stack({FIRST!r}, device="cuda")
+def test_without_a_device():
+    pytest.skip("no CUDA device")
+
+@pytest.mark.stack({FIRST!r}, device="2 x cuda")
+@pytest.mark.parametrize("n", [0, 1])
+def test_half(n):
+    assert n
+
+@pytest.mark.stack({SECOND!r}, refused="an error that says so")
+def test_refused():
+    pass
+
+def test_without_a_mark():
+    assert False
+"""
+
+
+def run(pytester: pytest.Pytester, monkeypatch, known: dict, *arguments: str) -> dict:
+    path = pytester.path / "results/stacks.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(known))
+    monkeypatch.setenv(stacks.VARIABLE, str(path))
+    monkeypatch.setattr(stacks, "versions", lambda device, packages: {"torch": "9"})
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(TESTS)
+    found = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
+    found.assert_outcomes(passed=3, failed=2, skipped=1)
+    return json.loads(path.read_text())
+
+
+def test_every_row_has_a_test():
+    marked = stacks.marked_rows(Path(__file__).parent)
+    assert sorted(set(stacks.NAMES) - marked) == []
+    assert sorted(marked - set(stacks.NAMES)) == []
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]], ids=["alone", "in workers"])
+def test_outcomes_become_results(pytester, monkeypatch, processes):
+    table = run(pytester, monkeypatch, {}, *processes)
+    assert list(table) == list(stacks.NAMES)
+    works = {"result": "works", "tests": 1, "versions": {"torch": "9"}, "note": "", "measured": {"peak MiB": 3}}
+    assert table[FIRST] == {
+        "cpu": works,
+        "cuda": {"result": "not run", "tests": 1, "versions": {}, "note": "no CUDA device"},
+        "2 x cuda": {"result": "fails", "tests": 2, "versions": {"torch": "9"}, "note": ""},
+    }
+    assert table[SECOND]["cpu"]["result"] == "refused"
+    assert table[SECOND]["cpu"]["note"] == "an error that says so"
+
+
+def test_a_crash_is_a_failure(pytester, monkeypatch):
+    path = pytester.path / "stacks.json"
+    monkeypatch.setenv(stacks.VARIABLE, str(path))
+    pytester.makeconftest(CONFTEST)
+    test = "@pytest.mark.stack({!r})\ndef test_{}():\n    {}\n\n"
+    body = test.format(FIRST, "crash", "os._exit(3)") + test.format(SECOND, "fine", "pass")
+    pytester.makepyfile(f"import os\nimport pytest\n\n{body}")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "-n", "2")
+    table = json.loads(path.read_text())
+    assert [table[name]["cpu"]["result"] for name in (FIRST, SECOND)] == ["fails", "works"]
+
+
+def test_another_machines_results_are_kept(pytester, monkeypatch):
+    there = {"result": "works", "tests": 4, "versions": {"torch": "8"}, "note": ""}
+    known = {FIRST: {"cuda": there, "cpu": there}, stacks.NAMES[2]: {"cuda": there}, "a row of old": {"cpu": there}}
+    table = run(pytester, monkeypatch, known)
+    assert table[FIRST]["cuda"] == there and table[stacks.NAMES[2]] == {"cuda": there}
+    assert table[FIRST]["cpu"]["versions"] == {"torch": "9"}
+    assert "a row of old" not in table
+
+
+def test_a_row_that_does_not_exist_is_an_error(pytester, monkeypatch):
+    monkeypatch.delenv(stacks.VARIABLE, raising=False)
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile("import pytest\n\n@pytest.mark.stack('magic: on')\ndef test_it():\n    pass\n")
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "no such row in tests/stacks.py: ('magic: on',)" in "\n".join(result.outlines + result.errlines)
+
+
+def test_the_table_says_all_of_it():
+    cpu = {"torch": "2.13.0", "python": "3.11.7"}
+    cuda = {"torch": "2.11.0", "python": "3.12.3", "cuda": "13.0", "device": "H100"}
+    entry = {"result": "works", "tests": 1, "versions": cpu, "note": ""}
+    found = {
+        FIRST: {"cpu": entry, "cuda": entry | {"versions": cuda}, "2 x cuda": entry | {"result": "fails"}},
+        SECOND: {"cpu": entry | {"result": "refused", "note": "RuntimeError | with a way out"}},
+        stacks.NAMES[-1]: {"cpu": entry | {"note": "seen", "measured": {"base MiB": 3, "ours MiB": 4.25}}},
+    }
+    table = render_stacks.markdown(found)
+    group, _, row = FIRST.partition(": ")
+    assert f"| **{group}** | | | |" in table
+    assert f"| {row} | works | works | fails |" in table
+    assert "refused: RuntimeError \\| with a way out" in table
+    assert "| seen |" not in table and "seen" in table
+    assert f"| {stacks.NAMES[2].partition(': ')[2]} | not run | not run |  |" in table
+    assert "CPU: torch 2.13.0, python 3.11.7" in table
+    assert "CUDA: torch 2.11.0, python 3.12.3, cuda 13.0, device H100" in table
+    assert "| base MiB | ours MiB |" in table and "| 3 | 4.2 |" in table
