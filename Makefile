@@ -38,7 +38,7 @@ stacks: build ## run the tests that prove what works where, into benchmarks/resu
 demo: build ## watch a damaged network grow back (ARGS="--help" lists its options)
 	$(PY) scripts/demo.py $(ARGS)
 
-growth: build ## measure if growth earns its keep: where to grow, what to cull, who helped (ten minutes on two cores)
+growth: build ## measure if growth earns its keep: where to grow, what to cull, who helped (minutes; ARGS="--help")
 	$(PY) scripts/growth.py $(ARGS)
 
 check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, formats, and the CPU kernels under address and undefined-behaviour sanitizers
