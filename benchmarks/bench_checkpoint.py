@@ -17,17 +17,18 @@ from pathlib import Path
 
 import timing
 import torch
+from results import RESULTS as FOLDER
+from results import commit, evidence
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from timing import evidence
 from torch import nn
 
 from kasmina_ext import KasminaLayer
 
 SEEDS = 1_000_000
 TARGET = 2.0
-RESULTS = timing.ROOT / "benchmarks/results/bench_checkpoint.json"
+RESULTS = FOLDER / "bench_checkpoint.json"
 MEMORY = Path("/dev/shm")
 
 
@@ -156,7 +157,7 @@ def main() -> None:
                 rows[place] = bench(directory, options.seeds, options.rounds)
         finally:
             shutil.rmtree(directory)
-    record = evidence.machine() | {"commit": timing.commit(), "source_sha256": evidence.source_hash()}
+    record = evidence.machine() | {"commit": commit(), "source_sha256": evidence.source_hash()}
     record |= {"device": f"cpu, {torch.get_num_threads()} threads", "seeds": options.seeds, "target": TARGET}
     evidence.write_json(options.out, record | {"microseconds": rows})
     table = Table(title=f"checkpoint of {options.seeds} seeds: ms p20 / p50 / p80, torch {record['torch']}")
