@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.wrapper import CallsOnly
 
 Forward = Callable[[nn.Module, Any], Any]
 """Passes one batch through a model; what it returns is not looked at."""
@@ -36,10 +37,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module under its original name; of several that share one, a wrapper and what it wraps, the outermost."""
+    """Every module that may be called, under its original name; of several that share one, a wrapper and what it wraps,
+    the outermost."""
     named: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        named.setdefault(original_name(name), module)
+        if not isinstance(module, CallsOnly):
+            named.setdefault(original_name(name), module)
     return named
 
 

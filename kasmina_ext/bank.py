@@ -71,8 +71,8 @@ class BlueprintBank:
     def _reset_bank(self) -> None:
         """Neutral for the layer's strategy: nothing changes when a seed is grafted."""
         bank = self.blueprint_weights
-        rows = [self.strategy.neutral[p % self.strategy.rows] for p in range(self.num_blueprints)]
-        self._write_bank(None, torch.tensor(rows, device=bank.device)[:, None].expand(bank.shape))
+        rows = neutral_rows(self.strategy, self.num_blueprints).to(bank.device)
+        self._write_bank(None, rows[:, None].expand(bank.shape))
 
     def _make_neutral(self, chosen: Tensor) -> None:
         """Where ``chosen [S]``, the blueprint becomes its strategy's neutral element, in the seed's own features only.
@@ -116,16 +116,20 @@ class BlueprintBank:
 
     def check_own_bank(self) -> None:
         """RuntimeError where the bank cannot be written: it is computed (parametrized, pruned), or flattened by FSDP1."""
-        if "blueprint_weights" not in self._parameters:
+        shape, right = list(self.blueprint_weights.shape), [self.num_blueprints, self.hidden_dim]
+        if "blueprint_weights" in self._parameters:
+            problem = f"blueprint_weights has shape {shape} instead of {right}" if shape != right else ""
+        elif "blueprint_weights" in self.__dict__ and "blueprint_weights_orig" not in self._parameters:
+            problem = "blueprint_weights is no parameter of the layer any more"
+        else:
             raise RuntimeError(
                 "blueprint_weights is parametrized: what is written to it would be lost; "
                 "to germinate seeds, pass keep_blueprints=True"
             )
-        shape = self.blueprint_weights.shape
-        if shape != (self.num_blueprints, self.hidden_dim):
+        if problem:
             raise RuntimeError(
-                f"blueprint_weights has shape {list(shape)} instead of {[self.num_blueprints, self.hidden_dim]}, so it "
-                "cannot be written: shard with torch.distributed.fsdp.fully_shard, not with FullyShardedDataParallel"
+                f"{problem}, so it cannot be written: shard with torch.distributed.fsdp.fully_shard, not with "
+                "FullyShardedDataParallel"
             )
 
     # ---- what an optimizer remembers, and is about to use ----------------------------------------
@@ -195,6 +199,11 @@ class BlueprintBank:
             buffers["state"],
             gathered(bank) if is_sharded(bank) else bank,
         )
+
+
+def neutral_rows(strategy: GraftingStrategy, num_blueprints: int) -> Tensor:
+    """``[P]``: what the weights of each row are in a bank that changes nothing."""
+    return torch.tensor([strategy.neutral[p % strategy.rows] for p in range(num_blueprints)], device="cpu")
 
 
 def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:

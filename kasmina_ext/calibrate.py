@@ -31,6 +31,7 @@ from kasmina_ext.activations import (
 )
 from kasmina_ext.arguments import positive
 from kasmina_ext.grafting import GraftingStrategy
+from kasmina_ext.handle import SeedHandle, model_of
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.least_squares import FITTED, Fit, explained, fit
 from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
@@ -87,7 +88,7 @@ class CalibrationReport(TableReport):
 
 
 def calibrate_(
-    model: nn.Module,
+    model: nn.Module | SeedHandle,
     reference: nn.Module | Recorded,
     batches: Iterable[Any],
     *,
@@ -160,6 +161,7 @@ def calibrate_(
     for one, shapes or numbers of calls differ, a seed's strategy is MIXED or its rows are not in the
     bank, or no layer runs; TypeError for a batch that cannot be passed.
     """
+    model = model_of(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(reference, (nn.Module, Mapping)):

@@ -35,6 +35,7 @@ from kasmina_ext.policy import (
     default_policy,
 )
 from kasmina_ext.ranks import Ranks
+from kasmina_ext.seed_record import SeedRecord
 from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, NO_ID, StateVar
 from kasmina_ext.telemetry import potential
 
@@ -66,7 +67,7 @@ class GrowthController:
     trained like any other. :func:`~kasmina_ext.policy.default_policy` says when what happens.
 
     Arguments:
-        layers: KasminaLayers, a model that contains them, or a list of either.
+        layers: KasminaLayers, a model that contains them, a list of either, or :class:`kasmina_ext.Seeds`.
         optimizer: what trains the banks, if its moments are to start afresh where blueprints begin
             and end. It should know nothing of weight decay: see :func:`kasmina_ext.param_groups`.
         config: a :class:`~kasmina_ext.policy.GrowthConfig`; its fields may also be given as keywords.
@@ -75,6 +76,8 @@ class GrowthController:
         log: a file for the event log (JSON lines are appended; OSError where it cannot be opened), or
             a function of each event's dict. If it raises later, the error comes out of the call that
             was to write, once, when all else of it is done; events wait for the next one that works.
+        record: a :class:`~kasmina_ext.seed_record.SeedRecord` of these layers, which takes a snapshot in
+            each tick and evaluation and is part of the controller's state.
         process_group: the processes that train the same network: by default, where torch.distributed is
             initialized, all of the job. False: this one alone.
 
@@ -103,6 +106,7 @@ class GrowthController:
         *,
         policy: Policy | None = None,
         log: Sink = None,
+        record: SeedRecord | None = None,
         process_group: ProcessGroup | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
@@ -122,6 +126,9 @@ class GrowthController:
         """Calls of :meth:`step`."""
         self.ticks = 0
         self._layout = Layout(self.layers)
+        if record is not None and not record.is_of(self.layers):
+            raise ValueError(f"the record is of other layers: {', '.join(map(repr, record.layers))}")
+        self.record = record
         self._process_group = process_group
         self._known_alike = False
         self._check_banks()
@@ -224,6 +231,8 @@ class GrowthController:
         until = self.config.until
         with self._together() as ranks:
             self._decide(self._seeds(ranks, germinates=watched and (until is None or self.ticks <= until)), ranks)
+            if self.record is not None:
+                self.record.take(self.steps)
         if watched:
             self._watch()
         self._losses.zero_()
@@ -267,6 +276,8 @@ class GrowthController:
             seeds = self._seeds(ranks, germinates=False)
             found = judge(self._roots, batches, loss_fn, seeds, ranks)
             entered = self._decide(dataclasses.replace(seeds, measured=found.measured), ranks)
+            if self.record is not None:
+                self.record.take(self.steps, found.credit)
             counts = torch.stack([(entered == state).sum() for state in range(len(_S))]).tolist()
             alive = int(alive_in(self._lifecycles()).sum())
         self._log.poll(wait=True)
@@ -305,6 +316,7 @@ class GrowthController:
             "watched": [kept(tensor) for tensor in self._watched_since()],
             "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
             "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
+            "record": None if self.record is None else self.record._state(kept),
         }
 
     def _layer_sizes(self) -> dict[str, int]:
@@ -323,13 +335,18 @@ class GrowthController:
         self._resets = [layer.telemetry_resets for layer in self.layers]
         for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
             blueprints.snapshots = of_layer
+        if self.record is not None and state.get("record") is not None:
+            self.record.load_state_dict(state["record"])
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
         self._checked(state)
 
     def _checked(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return taken_from(state, self.layers, self._layer_sizes(), self._lives, self._losses, self._watched)
+        taken = taken_from(state, self.layers, self._layer_sizes(), self._lives, self._losses, self._watched)
+        if self.record is not None and state.get("record") is not None:
+            self.record.check_state_dict(state["record"])
+        return taken
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 

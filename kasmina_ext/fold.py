@@ -22,9 +22,11 @@ from kasmina_ext.folding import undo
 from kasmina_ext.folding.plan import FoldError, Graph, plan
 from kasmina_ext.folding.report import FoldReport
 from kasmina_ext.folding.targets import apply_changes
+from kasmina_ext.handle import SeedHandle, model_of
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.seed_arguments import SeedIds
+from kasmina_ext.selection import Selection
 from kasmina_ext.state_layout import NO_ID
 
 __all__ = ["FoldError", "FoldReport", "absorb", "fold_", "fold_report", "unfold_"]
@@ -33,7 +35,7 @@ _FOSSILIZED, _DORMANT = int(ExtendedLifecycle.FOSSILIZED), int(ExtendedLifecycle
 _reports: WeakKeyDictionary[nn.Module, FoldReport] = WeakKeyDictionary()
 
 
-def fold_(model: nn.Module, *, strict: bool = True, keep: bool = True) -> nn.Module:
+def fold_(model: nn.Module | SeedHandle, *, strict: bool = True, keep: bool = True) -> nn.Module:
     """Fold all grafted seeds of all layers in ``model`` into its weights, in place, and take the layers out.
 
     Returns the model; where the model is itself a layer, its base, which is the result. Every
@@ -96,7 +98,7 @@ def fold_(model: nn.Module, *, strict: bool = True, keep: bool = True) -> nn.Mod
     return result
 
 
-def unfold_(model: nn.Module, *, discard_changes: bool = False) -> nn.Module:
+def unfold_(model: nn.Module | SeedHandle, *, discard_changes: bool = False) -> nn.Module:
     """Put back the layers that :func:`fold_` took out of ``model``, with every bit of weights, banks and state.
 
     Returns the model, or the layer where ``model`` was its base. The layers are the objects that they
@@ -109,7 +111,7 @@ def unfold_(model: nn.Module, *, discard_changes: bool = False) -> nn.Module:
     ``keep=False``, or is a copy of what was.
     """
     with torch.inference_mode(False), torch.no_grad():
-        graph = Graph(model)
+        graph = Graph(model_of(model))
         records = undo.records_in(graph)
         if not records:
             raise ValueError(
@@ -118,19 +120,20 @@ def unfold_(model: nn.Module, *, discard_changes: bool = False) -> nn.Module:
         _check_wrappers(graph, "unfold")
         undo.check_records(graph, records, discard_changes)
         undo.undo(graph, records)
-    _reports.pop(model, None)
+    _reports.pop(model_of(model), None)
     return graph.root
 
 
-def fold_report(model: nn.Module) -> FoldReport:
+def fold_report(model: nn.Module | SeedHandle) -> FoldReport:
     """What the last :func:`fold_` that returned ``model`` did; ValueError where there was none, or it was undone."""
+    model = model_of(model)
     report = _reports.get(model)
     if report is None:
         raise ValueError(f"this {type(model).__name__} is not what fold_ returned, or was unfolded again")
     return report
 
 
-def absorb(model: nn.Module, seeds: SeedIds | Mapping[str, SeedIds] = None) -> FoldReport:
+def absorb(model: nn.Module | SeedHandle, seeds: SeedIds | Mapping[str, SeedIds] | Selection = None) -> FoldReport:
     """Fold FOSSILIZED seeds into their base layers, for good, and free their slots.
 
     The layers stay, and all other seeds go on as they are. The output changes by one rounding of the
@@ -142,7 +145,8 @@ def absorb(model: nn.Module, seeds: SeedIds | Mapping[str, SeedIds] = None) -> F
 
     Arguments:
         model: a layer, or a model. Ties between weights are seen within what is given.
-        seeds: which of a layer's fossils; None is all of them. For a model, a dict by layers' names.
+        seeds: which of a layer's fossils; None is all of them. For a model, a dict by layers' names, or
+            a selection from its handle, ``seeds[...]``.
 
     FoldError, and nothing is changed, as in :func:`fold_`, and where a layer within the base has live seeds between a
     fossil and the weights. ValueError for a seed that is not FOSSILIZED, a name that is none, or a model
@@ -161,8 +165,8 @@ def absorb(model: nn.Module, seeds: SeedIds | Mapping[str, SeedIds] = None) -> F
     return FoldReport(planned.rows(graph.names), f"{count} fossils absorbed")
 
 
-def _graph_with_layers(model: nn.Module) -> Graph:
-    graph = Graph(model)
+def _graph_with_layers(model: nn.Module | SeedHandle) -> Graph:
+    graph = Graph(model_of(model))
     if not graph.layers:
         raise ValueError("there is no KasminaLayer in the model")
     return graph
@@ -177,11 +181,13 @@ def _check_wrappers(graph: Graph, action: str) -> None:
         raise FoldError(action, {graph.names[module]: reason for module in wrapped})
 
 
-def _fossils(graph: Graph, seeds: SeedIds | Mapping[str, SeedIds]) -> dict[KasminaLayer, Tensor]:
+def _fossils(graph: Graph, seeds: SeedIds | Mapping[str, SeedIds] | Selection) -> dict[KasminaLayer, Tensor]:
     """bool ``[S]`` for each layer."""
     fossils = {layer: layer.lifecycle_states == _FOSSILIZED for layer in graph.layers.values()}
     if seeds is None:
         return fossils
+    if isinstance(seeds, Selection):
+        seeds = {graph.names.get(part.layer, ""): part.local for part in seeds.parts}
     if not isinstance(seeds, Mapping):
         if not isinstance(graph.root, KasminaLayer):
             raise ValueError("seeds of a model must be a dict of layers' names and their seeds")
@@ -204,6 +210,7 @@ def _free(layer: KasminaLayer, chosen: Tensor) -> None:
     buffers = layer._buffers
     for name in ("telemetry", "grad_telemetry", "performance_metrics"):
         buffers[name].masked_fill_(chosen[:, None], 0)
+    layer.telemetry_resets += 1
     buffers["alpha"].masked_fill_(chosen, 1.0)
     layer._make_neutral(chosen)
     fresh = {"lifecycle": _DORMANT, "epochs": 0, "checkpoint": NO_ID, "evaluation_score": 0, "error_count": 0}

@@ -419,13 +419,15 @@ class TritonChunkedKasminaLayer(KasminaLayer):
 
 
 def _home_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and bank dtype for new tensors: those of the first module that has a floating tensor;
-    else the defaults.
+    """Device and bank dtype for new tensors: those of the first module that has a floating tensor; else the defaults,
+    but the device of other tensors where there are any (quantised ones).
     """
+    others: list[torch.device] = []
     for module in modules:
         for tensor in chain(module.parameters(), module.buffers()):
             if tensor.is_floating_point():
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 return tensor.device, wide
+            others.append(tensor.device)
     wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.get_default_device(), wide
+    return others[0] if others else torch.get_default_device(), wide

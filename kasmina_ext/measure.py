@@ -13,20 +13,23 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kasmina_ext.compat import TritonKasminaLayer
+from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.ranks import Ranks
 from kasmina_ext.state_layout import StateVar
 
-Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
-"""A KasminaLayer, a model that contains some, or several of either, with names of your own in a dict."""
+Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | SeedHandle
+"""A KasminaLayer, a model that contains some, several of either, with names of your own in a dict, or a handle on seeds."""
 LossFunction = Callable[[Any], Tensor]
 """The loss of one batch: a number or, from which errors are known better, a number for each sample."""
 
 
 def roots_of(layers: Layers) -> dict[str, nn.Module]:
     """The modules given, by name: "" for a single one, numbers in a list. TypeError for anything else."""
-    if isinstance(layers, Mapping):
+    if isinstance(layers, SeedHandle):
+        roots = dict(layers.roots)
+    elif isinstance(layers, Mapping):
         roots = dict(layers)
     elif isinstance(layers, nn.Module):
         roots = {"": layers}
@@ -46,9 +49,10 @@ def seed_layers(layers: Layers) -> dict[str, KasminaLayer]:
     ValueError where there is none, TypeError as :func:`roots_of`.
     """
     found: dict[str, KasminaLayer] = {}
+    seen: set[nn.Module] = set()
     for prefix, root in roots_of(layers).items():
-        for name, module in root.named_modules():
-            if isinstance(module, KasminaLayer) and not any(module is layer for layer in found.values()):
+        for name, module in root.named_modules(memo=seen):
+            if isinstance(module, KasminaLayer):
                 found[".".join(part for part in (prefix, _plain(name)) if part)] = module
     if not found:
         raise ValueError("there is no KasminaLayer in layers")

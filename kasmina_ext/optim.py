@@ -14,7 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_ext.bank import BlueprintBank
+from kasmina_ext.handle import SeedHandle
 from kasmina_ext.lifecycle import begins_or_ends
+from kasmina_ext.placement import write
 from kasmina_ext.seed_arguments import SeedIds
 from kasmina_ext.state_layout import HISTORY_LENGTH
 
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
 
 
 def param_groups(
-    model: nn.Module, lr: float | Tensor | None = None, weight_decay: float | None = None
+    model: nn.Module | SeedHandle, lr: float | Tensor | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer: the banks of all layers in ``model`` without weight decay, then all the rest.
 
+    ``model`` may be a handle on seeds, which stands for the modules that it was made of.
     Only parameters that require a gradient, each once; a group that would be empty is left out.
     ``lr`` goes into both groups and ``weight_decay`` into the second; None leaves the optimizer's
     default. Decay would pull every blueprint to 0, which is neutral for none but ADDITIVE, and
@@ -43,9 +46,10 @@ def param_groups(
     seed's first steps are three to six times ``lr``. Where that is too much, give the banks' group
     ``betas=(0.9, 0.95)``, with which no step of a steady gradient is much longer than ``lr``.
     """
-    banks = [module.lasting_bank for module in model.modules() if isinstance(module, BlueprintBank)]
+    roots = list(model.roots.values()) if isinstance(model, SeedHandle) else [model]
+    banks = [each.lasting_bank for root in roots for each in root.modules() if isinstance(each, BlueprintBank)]
     taken = {id(bank) for bank in banks}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    rest = [parameter for root in roots for parameter in root.parameters() if id(parameter) not in taken]
     groups = [
         {"params": _trained(banks), "lr": lr, "weight_decay": 0.0},
         {"params": _trained(rest), "lr": lr, "weight_decay": weight_decay},
@@ -53,11 +57,14 @@ def param_groups(
     return [{key: value for key, value in group.items() if value is not None} for group in groups if group["params"]]
 
 
-def reset_optimizer_state(optimizer: Optimizer, seed_ids: SeedIds, layer: KasminaLayer | None = None) -> None:
+def reset_optimizer_state(
+    optimizer: Optimizer, seed_ids: SeedIds, layer: KasminaLayer | SeedHandle | None = None
+) -> None:
     """Zero what ``optimizer`` remembers of the blueprints that these seeds of ``layer`` use.
 
     See :meth:`KasminaLayer.reset_optimizer_state`, which this calls. ``layer`` may be left out where
-    the optimizer trains the bank of one layer only.
+    the optimizer trains the bank of one layer only; it may be a handle on the seeds of several, which
+    then are its numbers.
     """
     if layer is None:
         trained = [layer for layer in list(_looked_after) if _trains(optimizer, layer)]
@@ -136,9 +143,22 @@ def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         count = layer._buffers["history_count"]
         since = last.history_count if known and last.history_count is not None else loaded
         since = count if since is None else since.to(count.device, non_blocking=True)
+        layer.check_own_bank()
         layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
         layer.forget_gradient(begins_or_ends(layer.lifecycle_states))
         seen[optimizer] = _Seen(id(bank), trained, loaded, ref(state), _version(state), count.clone())
+
+
+def forget(layer: KasminaLayer) -> None:
+    """Zero the ``.grad`` of the layer's bank, and what all optimizers that have trained it remember of it: other seeds have
+    taken the place of those that these were of. Allocates nothing, and does not wait for the device.
+    """
+    for optimizer, seen in list(_looked_after.get(layer, {}).items()):
+        if seen.state is not None:
+            for moment in layer.moments(optimizer):
+                write(moment, 0.0)
+    if layer.gathers_gradient:
+        write(layer.lasting_bank.grad, 0.0)
 
 
 def _version(state: Tensor) -> int | float:

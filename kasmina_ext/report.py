@@ -102,7 +102,7 @@ class SeedReport(TableReport):
         self.per, self.title = per, title
 
     def __reduce__(self) -> tuple:
-        return SeedReport, (dict(self), self.per, self.title)
+        return type(self), (dict(self), self.per, self.title)
 
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
         """Header, rows, and what the table leaves out; seeds at work come before sleeping ones where not all fit."""
@@ -129,6 +129,11 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def counted(number: int, what: str) -> str:
+    """As in 1 seed, 2 seeds."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 # ---- gathering -----------------------------------------------------------------------------------
 
 
@@ -136,16 +141,22 @@ def seed_report(layer: KasminaLayer, per: str = "seed") -> SeedReport:
     """See :meth:`KasminaLayer.seed_report`."""
     if per not in ("seed", "state"):
         raise ValueError(f"per must be 'seed' or 'state', got {per!r}")
-    rows = list(_seed_rows(layer))
+    rows = list(seed_rows(layer))
     title = f"{layer.num_seeds} seeds of {type(layer._modules['base_layer']).__name__}, {layer.hidden_dim} features"
     if per == "seed":
         return SeedReport(dict(enumerate(rows)), per, title)
+    return SeedReport(rows_by_state(rows), per, title)
+
+
+def rows_by_state(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of seeds, put together by the name of the state that they are in."""
     names = [state.name for state in ExtendedLifecycle]
     names += sorted({row["state"] for row in rows} - set(names))
-    return SeedReport({name: _together([row for row in rows if row["state"] == name]) for name in names}, per, title)
+    return {name: together([row for row in rows if row["state"] == name]) for name in names}
 
 
-def _seed_rows(layer: KasminaLayer) -> Iterator[dict[str, Any]]:
+def seed_rows(layer: KasminaLayer) -> Iterator[dict[str, Any]]:
+    """A row for each seed, as :class:`SeedReport` has them. Waits for the device."""
     buffers = layer._buffers
     state = buffers["state"].tolist()
     seen = _columns(buffers["telemetry"])
@@ -177,7 +188,7 @@ def _name(kind: type[ExtendedLifecycle] | type[GraftingStrategy], number: int) -
     return kind(number).name if 0 <= number < len(kind) else str(number)
 
 
-def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The rows of several seeds as one."""
     measured = [row for row in rows if row["count"]]
     count = sum(row["count"] for row in measured)

@@ -114,6 +114,14 @@ def test_the_slot_is_free_and_the_rest_is_left_alone(device):
     assert torch.equal(layer.blueprint_weights, neutral)
 
 
+def test_who_keeps_a_copy_of_the_telemetry_can_tell_that_it_began_afresh():
+    """A controller subtracts what it has seen before from what there is now."""
+    layer, asleep = living(), KasminaLayer(nn.Linear(5, 12), num_seeds=6)
+    before = layer.telemetry_resets, asleep.telemetry_resets
+    absorb(nn.ModuleList([layer, asleep]))
+    assert (layer.telemetry_resets, asleep.telemetry_resets) == (before[0] + 1, before[1])
+
+
 def test_an_absorbed_seed_lives_again():
     layer = living()
     with torch.no_grad():

@@ -6,48 +6,12 @@ import copy
 
 import pytest
 import torch
-import transformers
 from folding import bits, grow, same
+from tiny_models import bert, gemma, gpt2, llama, logits, nemotron, resnet, vit
 from torch import nn
 
 from kasmina_ext.fold import FoldError, fold_, fold_report, unfold_
 from kasmina_ext.layer import KasminaLayer
-
-TEXT = {"vocab_size": 40, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, **TEXT)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama():
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, **SMALL, num_key_value_heads=1))
-
-
-def gemma():
-    config = transformers.GemmaConfig(**TEXT, **SMALL, num_key_value_heads=1, head_dim=8)
-    return transformers.GemmaForCausalLM(config)
-
-
-def nemotron():
-    return transformers.NemotronForCausalLM(transformers.NemotronConfig(**TEXT, **SMALL, num_key_value_heads=2))
-
-
-def bert():
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT, **SMALL, num_labels=3))
-
-
-def vit():
-    config = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4, num_labels=3)
-    return transformers.ViTForImageClassification(config)
-
-
-def resnet():
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-    return transformers.ResNetForImageClassification(config)
-
 
 SCALES, ALL = (0,), (0, 1, 2, 3)
 # name: (model, names of modules that get seeds, strategies). What only scales fits the classes as they are: a bias
@@ -86,17 +50,6 @@ def prepared(kind, dtype=torch.float32):
     plain_names = list(model.state_dict())
     found = graft(model, names, strategies)
     return model, plain_names, found
-
-
-def logits(model):
-    generator = torch.Generator().manual_seed(7)
-    parameter = next(model.parameters())
-    if model.config.model_type in ("vit", "resnet"):
-        size = 8 if model.config.model_type == "vit" else 32
-        inputs = {"pixel_values": torch.randn(3, 3, size, size, generator=generator).to(parameter)}
-    else:
-        inputs = {"input_ids": torch.randint(3, 40, (3, 12), generator=generator)}
-    return model(**inputs).logits.double()
 
 
 @torch.no_grad()

@@ -360,7 +360,7 @@ def test_a_base_that_is_used_elsewhere_is_refused():
 
 def test_a_weight_that_attention_reads_itself_is_refused():
     attention = nn.MultiheadAttention(8, 2)
-    attention.out_proj = grown(attention.out_proj)
+    attention.out_proj = grown(nn.Linear(8, 8))  # its own kind is refused when it is wrapped
     with pytest.raises(FoldError, match="uses out_proj's weight without calling it"):
         fold_(attention)
     attention.out_proj.lifecycle_states = 0
