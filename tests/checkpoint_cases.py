@@ -126,6 +126,52 @@ def _what_is_at(path: Path) -> bytes | str | None:
     return path.read_bytes() if path.is_file() else None
 
 
+# ---- the Triton package's directories ------------------------------------------------------------
+
+OLD_NAME = "layer1_10_1700000000000_normal"
+STATE = {
+    "lifecycle_state": 3,
+    "blueprint_id": 42,
+    "metrics": {"loss": 0.1, "worst": math.inf, "none": None},
+    "list": [1],
+}
+
+
+def seal_old(metadata: dict[str, Any]) -> dict[str, Any]:
+    """With the old checksum: over the JSON with sorted keys of all fields but itself."""
+    rest = {key: value for key, value in metadata.items() if key != "checksum"}
+    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def write_old(
+    root: Path, name: str = OLD_NAME, state: Any = STATE, tensors: dict[str, Tensor] | None = None, **fields: Any
+) -> Path:
+    """A directory as the package left it, version 2 unless ``fields`` say otherwise."""
+    path = root / name
+    path.mkdir(parents=True)
+    metadata = {
+        "version": 2,
+        "checkpoint_id": name,
+        "layer_id": "layer1",
+        "seed_id": 10,
+        "timestamp": 1_700_000_000_000,
+        "priority": "normal",
+        "state_data": state,
+    }
+    metadata |= fields
+    metadata = {key: value for key, value in metadata.items() if value is not ...}
+    (path / "metadata.json").write_text(json.dumps(seal_old(metadata), indent=2))
+    if tensors is not None:
+        (path / "tensors").mkdir()
+        manifest = {}
+        for key, tensor in tensors.items():
+            file = "".join(c for c in key.replace(".", "_").replace("/", "_") if c.isalnum() or c in "_-") + ".pt"
+            torch.save(tensor, path / "tensors" / file)
+            manifest[key] = {"file": file, "shape": list(tensor.shape), "dtype": str(tensor.dtype), "device": "cuda:0"}
+        (path / "tensor_manifest.json").write_text(json.dumps(manifest, indent=2))
+    return path
+
+
 # ---- a system that fails -------------------------------------------------------------------------
 
 

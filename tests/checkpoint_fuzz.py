@@ -7,10 +7,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from checkpoint_cases import HEADER, read_plainly, same, seal, seal_text, small_content
 
@@ -18,16 +18,6 @@ from kasmina_ext.checkpoint import format, tensor_file
 from kasmina_ext.checkpoint.errors import CheckpointDamaged
 
 FILES = (format.METADATA, format.TENSORS, format.CHECKSUM)
-COUNTED = (
-    "inputs",
-    "unchanged",
-    "refused_with_wrong_sums",
-    "refused_with_right_sums",
-    "accepted_with_right_sums",
-    "accepted_with_wrong_sums",
-    "wrong_content",
-    "crashes",
-)
 _ODD_BYTES = [
     b"\0",
     b"\xff",
@@ -45,49 +35,86 @@ _ODD_BYTES = [
     b"NaN",
     b"-1",
 ]
-_ODD_VALUES: list[Any] = [
+ODD_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400, 1.5, -0.0, 1e308, "", "one", "F32"),
     *("../x", "a\0b", "$tensor", [], {}, [[]], {"$tensor": "blueprint_state.half"}, {"$float": "nan"}, {"$tuple": []}),
     *({"$dict": [[1, 2]]}, {"dtype": "F32", "shape": [2, 3]}, {"dtype": "BOOL", "shape": [3]}, [0, 24], "I64", "BF16"),
 ]
 
 
-def fuzz(
-    root: Path, inputs: int, generator: random.Random, told: Callable[[int], None] | None = None
-) -> dict[str, Any]:
-    """Counts over ``inputs`` changed checkpoints, half of them with their sums made right; ``first`` describes the
-    first failure.
-    """
-    counts: Counter[str] = Counter()
-    first = ""
-    for seed in range(4):
-        format.write(root, f"case{seed}", HEADER, small_content(seed))
-    originals = [{name: (root / f"case{k}" / name).read_bytes() for name in FILES} for k in range(4)]
-    for number in range(inputs):
-        k = generator.randrange(4)
-        path, original = root / f"case{k}", originals[k]
-        sealed = number % 2 == 1
-        files = change_sealed(path, original, generator) if sealed else change(original, originals, generator)
-        if sealed:
-            files = {name: (path / name).read_bytes() for name in FILES}
-        else:
-            for name, data in files.items():
-                (path / name).write_bytes(data)
-        counts["inputs"] += 1
-        outcome = judge(root, path.name, same_files=files == original, sealed=sealed)
+class Fuzzer(ABC):
+    """Changes what it has written, reads it, and counts what became of it."""
+
+    COUNTED: ClassVar[tuple[str, ...]]
+    FAILURES: ClassVar[tuple[str, ...]] = ("wrong_content", "crashes")
+    """Those of COUNTED that must not be."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first = ""
+
+    @abstractmethod
+    def try_one(self, generator: random.Random) -> str:
+        """One of COUNTED, with details after a colon. Everything is left as it was."""
+
+    def one(self, generator: random.Random) -> str:
+        """The same, counted."""
+        outcome = self.try_one(generator)
         kind, _, detail = outcome.partition(": ")
-        counts[kind] += 1
-        if kind in ("crashes", "wrong_content", "accepted_with_wrong_sums") and not first:
-            first = f"input {number}: {detail or kind}"
+        self.counts["inputs"] += 1
+        self.counts[kind] += 1
+        if kind in self.FAILURES and not self.first:
+            self.first = f"input {self.counts['inputs']}: {detail or kind}"
+        return outcome
+
+    @property
+    def failures(self) -> int:
+        return sum(self.counts[kind] for kind in self.FAILURES)
+
+    def record(self) -> dict[str, Any]:
+        """The counts, and what the first failure was."""
+        counts = {name: self.counts[name] for name in ("inputs", *self.COUNTED)}
+        return counts | ({"first": self.first} if self.first else {})
+
+
+class Files(Fuzzer):
+    """Bytes and values in a checkpoint's three files, in every other input with their sums made right."""
+
+    COUNTED = (
+        "unchanged",
+        "refused_with_wrong_sums",
+        "refused_with_right_sums",
+        "accepted_with_right_sums",
+        "accepted_with_wrong_sums",
+        "wrong_content",
+        "crashes",
+    )
+    FAILURES = ("accepted_with_wrong_sums", "wrong_content", "crashes")
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self._paths = [root / f"case{seed}" for seed in range(4)]
+        for seed, path in enumerate(self._paths):
+            format.write(root, path.name, HEADER, small_content(seed))
+        self._originals = [{name: (path / name).read_bytes() for name in FILES} for path in self._paths]
+
+    def try_one(self, generator: random.Random) -> str:
+        path, original = generator.choice(list(zip(self._paths, self._originals, strict=True)))
+        sealed = generator.randrange(2) == 1
+        if sealed:
+            change_sealed(path, original, generator)
+        else:
+            for name, data in change(original, self._originals, generator).items():
+                (path / name).write_bytes(data)
+        files = {name: (path / name).read_bytes() for name in FILES}
+        outcome = judge(path.parent, path.name, same_files=files == original, sealed=sealed)
         for name, data in original.items():
             (path / name).write_bytes(data)
-        if told is not None:
-            told(number + 1)
-    return {name: counts[name] for name in COUNTED} | ({"first": first} if first else {})
+        return outcome
 
 
 def judge(root: Path, name: str, same_files: bool, sealed: bool) -> str:
-    """What became of one input, as one of COUNTED, with details after a colon."""
+    """What became of one input."""
     sums = "right" if sealed else "wrong"
     try:
         found = format.read(root, name)
@@ -175,7 +202,7 @@ def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
     parent, key = generator.choice(places)
     action = generator.randrange(5)
     if action == 0:
-        parent[key] = generator.choice(_ODD_VALUES)
+        parent[key] = generator.choice(ODD_VALUES)
     elif action == 1:
         del parent[key]
     elif action == 2:
@@ -185,9 +212,9 @@ def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
     elif action == 3 and isinstance(parent, dict):
         parent[generator.choice(["", "more", "$tuple", "$tensor", "dtype", "a\0"])] = parent.pop(key)
     elif isinstance(parent, dict):
-        parent["added"] = generator.choice(_ODD_VALUES)
+        parent["added"] = generator.choice(ODD_VALUES)
     else:
-        parent.insert(0, generator.choice(_ODD_VALUES))
+        parent.insert(0, generator.choice(ODD_VALUES))
 
 
 def _rebuild(path: Path, metadata: dict[str, Any], generator: random.Random) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -132,74 +129,6 @@ def test_an_error_is_raised_or_warned_of_once(tmp_path):
         layer.save_checkpoint(checkpoint_dir=tmp_path / "other", blocking=False).result()
     with pytest.raises(ValueError, match="Invalid tag"):  # what is no argument is told at once
         layer.save_checkpoint("a b", checkpoint_dir=tmp_path / "other", blocking=False)
-
-
-PROGRAM = """
-import atexit, json, os, sys, threading
-from pathlib import Path
-import torch
-from torch import nn
-from kasmina_ext import CheckpointManager, KasminaLayer
-
-root = Path(sys.argv[1])
-layer = KasminaLayer(nn.Linear(5, 22), num_seeds=4, checkpoint_dir=root)
-layer.checkpoint_manager.max_checkpoints_per_seed = 50
-gate, save = threading.Event(), CheckpointManager.save_layer
-def slow(manager, *args, **named):
-    assert gate.wait(60)
-    return save(manager, *args, **named)
-CheckpointManager.save_layer = slow
-
-def at_exit():  # no thread can be started any more
-    print(json.dumps({"late": layer.save_checkpoint("late", blocking=False).result()}), flush=True)
-atexit.register(at_exit)
-
-saves = [layer.save_checkpoint("queued", blocking=False) for _ in range(10)]
-child = os.fork()
-if child == 0:
-    told = {}
-    try:
-        saves[0].result()
-    except RuntimeError as error:
-        told["of the parent"] = str(error)
-    gate.set()
-    told["own"] = layer.save_checkpoint("child", blocking=False).result()
-    print(json.dumps(told), flush=True)
-    atexit.unregister(at_exit)
-    sys.exit(0)  # as any process ends
-_, status = os.waitpid(child, 0)
-broken = root / "broken"
-broken.mkdir()
-failing = layer.save_checkpoint(checkpoint_dir=broken, blocking=False)
-broken.rmdir()
-broken.write_text("")
-print(json.dumps({"status": status, "saves": [save.id for save in saves], "failing": failing.id}), flush=True)
-threading.Timer(0.2, gate.set).start()
-"""
-
-
-def test_a_process_that_ends_or_forks_with_saves_under_way(tmp_path):
-    """It ends when all is written; what failed is told; a fork leaves the parent's saves to the parent."""
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", PROGRAM, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).resolve().parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    told = {}
-    for line in done.stdout.splitlines():
-        told |= json.loads(line)
-    assert "not by its fork" in told.get("of the parent", "") and told["status"] == 0, done.stderr
-    manager = CheckpointManager(tmp_path)
-    wanted = {*told["saves"], told["own"], told["late"]}
-    assert len(told["saves"]) == 10 and {e["checkpoint_id"] for e in manager.list_checkpoints()} == wanted
-    for name in wanted:
-        manager.verify(name)
-    assert f"RuntimeWarning: checkpoint {told['failing']} was not saved: CheckpointSaveError" in done.stderr
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from checkpoint_cases import HEADER, tree_of
-from test_checkpoint_legacy import NAME, write_old
+from checkpoint_cases import HEADER, tree_of, write_old
+from checkpoint_cases import OLD_NAME as NAME
 
 from kasmina_ext import __main__ as program
 from kasmina_ext.checkpoint import CheckpointManager, cli, format

@@ -246,7 +246,11 @@ REFUSED = {
     "alpha is NaN": (change("layer", "alpha", to=at(1, torch.nan)), r"alpha must be in \[0, 1\], got nan"),
     "counts": (
         change("layer", "telemetry", to=at((0, 0), -1)),
-        r"telemetry must be in \[0, inf\], got -1.0 in a count",
+        r"telemetry must be in \[0, inf\), got -1.0 in a count",
+    ),
+    "endless counts": (
+        change("layer", "telemetry", to=at((0, 3), torch.inf)),
+        "telemetry must be in .*, got inf in a co",
     ),
     "history": (change("layer", "history", to=at((0, 0, 0), 99)), r"history must be in \[0, 10\], got 99"),
     "history count": (change("layer", "history_count", to=at(0, -1)), "history_count must be in"),

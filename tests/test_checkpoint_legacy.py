@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -13,19 +12,13 @@ import zipfile
 
 import pytest
 import torch
-from checkpoint_cases import same, tree_of
+from checkpoint_cases import OLD_NAME, STATE, same, seal_old, tree_of, write_old
 
 from kasmina_ext.checkpoint import CheckpointManager, CheckpointRecovery, format, legacy
 from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointNotFound, CheckpointVersionError
 from kasmina_ext.checkpoint.files import OpenDirectory
 
-STATE = {
-    "lifecycle_state": 3,
-    "blueprint_id": 42,
-    "metrics": {"loss": 0.1, "worst": math.inf, "none": None},
-    "list": [1],
-}
-NAME = "layer1_10_1700000000000_normal"
+NAME = OLD_NAME
 
 
 def blueprint():
@@ -39,43 +32,10 @@ def blueprint():
     }
 
 
-def seal(metadata):
-    """The old checksum: over the JSON with sorted keys of all fields but itself."""
-    rest = {key: value for key, value in metadata.items() if key != "checksum"}
-    return {**rest, "checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
-
-
-def write_old(root, name=NAME, state=STATE, tensors=None, **fields):
-    """A directory as the package left it, version 2 unless ``fields`` say otherwise."""
-    path = root / name
-    path.mkdir(parents=True)
-    metadata = {
-        "version": 2,
-        "checkpoint_id": name,
-        "layer_id": "layer1",
-        "seed_id": 10,
-        "timestamp": 1_700_000_000_000,
-        "priority": "normal",
-        "state_data": state,
-    }
-    metadata |= fields
-    metadata = {key: value for key, value in metadata.items() if value is not ...}
-    (path / "metadata.json").write_text(json.dumps(seal(metadata), indent=2))
-    if tensors is not None:
-        (path / "tensors").mkdir()
-        manifest = {}
-        for key, tensor in tensors.items():
-            file = "".join(c for c in key.replace(".", "_").replace("/", "_") if c.isalnum() or c in "_-") + ".pt"
-            torch.save(tensor, path / "tensors" / file)
-            manifest[key] = {"file": file, "shape": list(tensor.shape), "dtype": str(tensor.dtype), "device": "cuda:0"}
-        (path / "tensor_manifest.json").write_text(json.dumps(manifest, indent=2))
-    return path
-
-
 def edit_json(path, change):
     value = json.loads(path.read_text())
     change(value)
-    path.write_text(json.dumps(seal(value) if path.name == "metadata.json" else value))
+    path.write_text(json.dumps(seal_old(value) if path.name == "metadata.json" else value))
 
 
 def refused(path, message):
@@ -238,7 +198,7 @@ def test_text_that_is_no_metadata(tmp_path):
         (path / "metadata.json").write_bytes(text)
         refused(path, "metadata.json: ")
     deep = "[" * 500 + "]" * 500
-    (path / "metadata.json").write_text(json.dumps(seal({"version": 2, "state_data": json.loads(deep)})))
+    (path / "metadata.json").write_text(json.dumps(seal_old({"version": 2, "state_data": json.loads(deep)})))
     refused(path, "metadata.json: ")
     shutil.rmtree(path)
     refused(write_old(tmp_path, state=json.loads(deep)), "nested")
@@ -301,7 +261,9 @@ def test_missing_files(tmp_path):
     [
         ({"shape": [3]}, r"has shape \[2\], tensor_manifest.json says \[3\]"),
         ({"dtype": "torch.float64"}, "has dtype torch.float32, tensor_manifest.json says torch.float64"),
-        ({"shape": None}, "says None"),
+        ({"shape": None}, "tensor_manifest.json: tells no dtype and shape of 'w'"),
+        ({"shape": [2**40]}, r"has shape \[2\], tensor_manifest.json says"),
+        ({"dtype": "float32"}, "tells no dtype"),
     ],
     ids=str,
 )
@@ -309,6 +271,19 @@ def test_another_tensor_than_promised(tmp_path, entry, message):
     path = write_old(tmp_path, tensors={"w": torch.ones(2)})
     edit_json(path / "tensor_manifest.json", lambda manifest: manifest["w"].update(entry))
     refused(path, message)
+
+
+def test_a_tensors_file_of_a_hundred_gigabytes_is_refused_unread(tmp_path):
+    path = write_old(tmp_path, tensors={"w": torch.ones(2)})
+    os.truncate(path / "tensors/w.pt", 100 << 30)  # sparse
+    with pytest.raises(CheckpointDamaged, match="w.pt: has 107374182400 bytes, at most 1073741832 are read"):
+        CheckpointManager(tmp_path).restore_checkpoint(path.name)
+
+
+def test_a_bool_that_is_none(tmp_path):
+    odd = torch.tensor([1, 7], dtype=torch.uint8).view(torch.bool)
+    path = write_old(tmp_path, tensors={"mask": odd})
+    refused(path, "tensors/mask.pt: tensor 'mask.pt' has a bool that is neither 0 nor 1")
 
 
 def test_two_tensors_in_one_file(tmp_path):

@@ -61,6 +61,7 @@ SPOILED = {
     "betas are one": (group(betas=(0.9,)), r"betas of group 0 is \(0.9,\)"),
     "betas are missing": (lambda s: s["param_groups"][0].pop("betas"), "group 0 has no betas"),
     "a flag is text": (group(amsgrad="no"), "amsgrad of group 0 is 'no'"),
+    "a flag is None": (group(amsgrad=None), "amsgrad of group 0 is None"),
     "amsgrad without": (group(amsgrad=True), "does not remember max_exp_avg_sq"),
     "numbers are a tensor": (group(params=torch.ones(3)), "its state is not what an optimizer saves"),
     "numbers are mixed": (lambda s: s["param_groups"][0]["params"].reverse(), "not numbered from 0 on"),
@@ -391,6 +392,32 @@ def test_loading_tells_of_saves_that_failed_before(tmp_path, monkeypatch):
 def test_the_defaults_of_saving_and_loading_agree():
     save, load = (getattr(LayerCheckpoints, f"{name}_checkpoint").__kwdefaults__ for name in ("save", "load"))
     assert save["layer_id"] == load["layer_id"] == "layer"
+
+
+def test_a_layer_of_inference_mode_is_loaded_there_only(tmp_path):
+    """torch refuses to write its tensors elsewhere: that is said before any is written."""
+    name = lived().save_checkpoint(checkpoint_dir=tmp_path)
+    with torch.inference_mode():
+        layer = empty()
+    before = tensors(layer)
+    with pytest.raises(CheckpointMismatch, match="whose tensors were made in inference mode: load it in torch.infe"):
+        layer.load_checkpoint(checkpoint_dir=tmp_path)
+    assert_bits(layer, before)
+    with torch.inference_mode():
+        assert layer.load_checkpoint(checkpoint_dir=tmp_path) == name
+        assert layer.save_checkpoint(checkpoint_dir=tmp_path) != name
+
+
+def test_a_directory_that_is_passed_is_looked_at_once(tmp_path, monkeypatch):
+    """A save in the background must not wait for what others have in it."""
+    layer, looks = lived(), []
+    look = CheckpointManager._next_timestamp
+    monkeypatch.setattr(CheckpointManager, "_next_timestamp", lambda *args: looks.append(1) or look(*args))
+    for directory in ("one", "one", "one", "two", "two"):
+        layer.save_checkpoint(checkpoint_dir=tmp_path / directory, blocking=False)
+    assert len(looks) == 2
+    layer.load_checkpoint(checkpoint_dir=tmp_path / "one")
+    assert copy.deepcopy(layer).load_checkpoint(checkpoint_dir=tmp_path / "two").startswith("layer_latest_")
 
 
 def test_values_are_still_looked_at(tmp_path):

@@ -39,6 +39,7 @@ def test_of_one_priority_the_oldest_goes_first(checkpoints):
     assert len(list(checkpoints.checkpoint_dir.iterdir())) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.* was removed at once")
 @pytest.mark.parametrize("seed", range(3))
 def test_retention_against_the_rule(tmp_path, seed):
     generator = random.Random(seed)
@@ -64,10 +65,11 @@ def test_the_rule_on_many_orders():
         assert [one for one in saved if one[0] not in gone] == survivors(saved, keep)
 
 
-def test_a_save_that_goes_at_once_is_logged(checkpoints, caplog):
+def test_a_save_that_goes_at_once_is_told_and_logged(checkpoints, caplog):
     for _ in range(3):
         checkpoints.save_checkpoint("layer", 0, {}, priority="high")
-    name = checkpoints.save_checkpoint("layer", 0, {}, priority="low")
+    with pytest.warns(UserWarning, match="was removed at once: 3 of higher priority are there, 3 are kept"):
+        name = checkpoints.save_checkpoint("layer", 0, {}, priority="low")
     assert f"checkpoint {name} (low) was removed at once: 3 of higher priority" in caplog.text
     assert len(checkpoints.list_checkpoints()) == 3
 

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kasmina_ext.checkpoint.content import mapped
+from kasmina_ext.checkpoint.forks import without_lost_threads
+
 
 class PendingSave:
     """A save under way. It is on the disk when :meth:`result` has returned.
@@ -24,19 +27,31 @@ class PendingSave:
     def __init__(self, checkpoint_id: str, future: Future[str]) -> None:
         self.id = checkpoint_id
         self._future, self._process, self._asked = future, os.getpid(), False
+        self._copy: Future[str] | None = None
+        future.add_done_callback(self._keep_a_copy)
+
+    def _keep_a_copy(self, future: Future[str]) -> None:
+        """For forks: of the future itself, a thread that they do not have may hold the lock."""
+        self._copy = _finished(future.result)
+
+    def _future_here(self) -> Future[str] | None:
+        """None in a fork that was made before the save had ended."""
+        return self._future if self._process == os.getpid() else self._copy
 
     def done(self) -> bool:
-        """Whether it has ended, well or not. Does not wait."""
-        return self._future.done()
+        """Whether it has ended, well or not. Does not wait. A fork of the process knows only what was when it was forked."""
+        future = self._future_here()
+        return future is not None and future.done()
 
     def result(self, timeout: float | None = None) -> str:
         """The identifier, when the checkpoint is whole and durable. Raises what went wrong with the save; TimeoutError
         after ``timeout`` seconds, and the save goes on; RuntimeError in a fork of the process that saves.
         """
-        if self._process != os.getpid() and not self.done():
+        future = self._future_here()
+        if future is None:
             raise RuntimeError(f"checkpoint {self.id} is being saved by process {self._process}, not by its fork")
         try:
-            saved = self._future.result(timeout)
+            saved = future.result(timeout)
         except BaseException:
             self._asked = self._asked or self.done()
             raise
@@ -44,9 +59,9 @@ class PendingSave:
         return saved
 
     def __repr__(self) -> str:
-        state = "under way"
-        if self.done():
-            state = "saved" if self._future.exception() is None else f"failed: {self._future.exception()}"
+        state, future = "under way", self._future_here()
+        if future is not None and future.done():
+            state = "saved" if future.exception() is None else f"failed: {future.exception()}"
         return f"PendingSave({self.id!r}, {state})"
 
 
@@ -137,8 +152,10 @@ class Snapshot:
     of them before and after.
     """
 
+    @without_lost_threads()
     def __init__(self, content: Any) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        # Not where CUDA was not used yet: to ask would start it, which costs a second, and fails in a fork.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a checkpoint cannot be saved while a CUDA graph is captured")
         self._copied: dict[torch.device, torch.cuda.Event] = {}
         with torch.no_grad():
@@ -149,6 +166,7 @@ class Snapshot:
         if tensor.is_cuda and tensor.device not in self._copied:
             self._copied[tensor.device] = torch.cuda.current_stream(tensor.device).record_event()
 
+    @without_lost_threads()
     def on_host(self) -> Any:
         """All tensors on the CPU, through streams of their own and pinned memory; waits for them. Once only."""
         streams = {device: torch.cuda.Stream(device) for device in self._copied}
@@ -166,15 +184,3 @@ class Snapshot:
             stream.record_event().synchronize()
         self._content = None  # only now may the copies' memory be used for anything else
         return content
-
-
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """``value`` with ``change(tensor)`` in place of every tensor in it."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: mapped(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [mapped(item, change) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return value

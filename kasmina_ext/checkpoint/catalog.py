@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from kasmina_ext.checkpoint import format, legacy
 from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointNotFound
 from kasmina_ext.checkpoint.files import UNREADABLE, OpenDirectory, list_directories
+from kasmina_ext.checkpoint.forks import without_lost_threads
 from kasmina_ext.checkpoint.header import LAYER, SEED, age_of, problem_with
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def is_checkpoint(path: Path) -> bool:
     return any(os.path.lexists(path / name) for name in _FILES)
 
 
+@without_lost_threads()
 def read_any(
     root: Path, checkpoint_id: str, max_bytes: int | None = None, check: format.Check | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from kasmina_ext.checkpoint.forks import without_lost_threads
 
 JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
 
@@ -268,12 +270,22 @@ def _finite_float(text: str) -> float:
     return value
 
 
+# ---- what holds tensors --------------------------------------------------------------------------
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with ``change(tensor)`` in place of every tensor in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [mapped(item, change) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+@without_lost_threads()
 def to_device(value: Any, device: torch.device | str | int) -> Any:
     """The same value with all tensors on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([to_device(item, device) for item in value])
-    return value
+    return mapped(value, lambda tensor: tensor.to(device))

@@ -48,6 +48,8 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC
 # O_NONBLOCK: a fifo planted under the name of a file must not make a reader wait for ever.
 _READ = os.O_RDONLY | _NOFOLLOW | _NONBLOCK | _NOCTTY | _CLOEXEC
 _DIRECTORY = os.O_RDONLY | _ISDIR | _CLOEXEC
+_held: set[int] = set()
+"""Descriptors of the locks of this process."""
 _STEP = 256 << 10  # bytes copied, hashed and handed to the system at a time: they stay in a core's cache
 UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE})
 """Errors of the system that say who may read, or that the disk is ill, and nothing about what was saved."""
@@ -142,11 +144,11 @@ def new_directory(root: Path, name: str) -> Iterator[Path]:
             payload = workspace / _PAYLOAD
             os.mkdir(payload)
             yield payload
-            _sync_directory(payload)
+            sync_directory(payload)
             _publish(payload, root / name)
         finally:
             _discard(workspace)
-            os.close(lock)
+            _let_go(lock)
     except CheckpointSaveError:
         raise
     except OSError as error:
@@ -163,7 +165,7 @@ def make_root(root: Path) -> None:
     for folder in reversed(made):
         with suppress(FileExistsError):
             os.mkdir(folder)
-        _sync_directory(folder.parent)
+        sync_directory(folder.parent)
     if not root.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(root))
 
@@ -173,13 +175,13 @@ def _publish(payload: Path, target: Path) -> None:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     os.rename(payload, target)  # refused if somebody was faster: a directory that is not empty is never replaced
     try:
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError:
         os.rename(target, payload)
         raise
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     fd = os.open(path, _DIRECTORY)
     try:
         with _named(path):
@@ -223,6 +225,7 @@ def _take(workspace: Path) -> int | None:
         # Locked, but is it still the one with that name? The last owner may have removed it.
         here, there = os.fstat(fd), os.stat(path, follow_symlinks=False)
         if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+            _held.add(fd)
             return fd
     except BlockingIOError:
         pass
@@ -231,6 +234,22 @@ def _take(workspace: Path) -> int | None:
         raise
     os.close(fd)
     return None
+
+
+def _let_go(lock: int) -> None:
+    _held.discard(lock)
+    os.close(lock)
+
+
+def _after_fork() -> None:
+    """A fork's copy of a lock would go on holding it when the writer is dead."""
+    while _held:
+        with suppress(OSError):
+            os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _discard(path: Path) -> None:
@@ -260,7 +279,7 @@ def _clean_workspace(workspace: Path) -> None:
         return
     if lock is not None:
         _discard(workspace)
-        os.close(lock)
+        _let_go(lock)
 
 
 def _names(root: Path) -> list[str]:
@@ -294,7 +313,7 @@ def remove_directory(root: Path, name: str, *, durable: bool = False) -> bool:
         return False
     try:
         if durable:
-            _sync_directory(root)
+            sync_directory(root)
     finally:
         _discard(removed)
     return True
@@ -311,8 +330,8 @@ def move_directory(root: Path, name: str, target_root: Path) -> bool:
         os.rename(root / name, target_root / name)
     except FileNotFoundError:
         return False
-    _sync_directory(target_root)
-    _sync_directory(root)
+    sync_directory(target_root)
+    sync_directory(root)
     return True
 
 

@@ -36,6 +36,7 @@ from kasmina_ext.checkpoint.content import (
 )
 from kasmina_ext.checkpoint.errors import CheckpointDamaged, CheckpointVersionError
 from kasmina_ext.checkpoint.files import NewFile, OpenDirectory, checked_id, new_directory
+from kasmina_ext.checkpoint.forks import without_lost_threads
 from kasmina_ext.checkpoint.tensor_file import (
     Progress,
     Table,
@@ -67,6 +68,7 @@ _OWN = frozenset({"format", "version", "checkpoint_id", "header", "tensors", "fi
 # ---- writing -------------------------------------------------------------------------------------
 
 
+@without_lost_threads()
 def write(
     root: Path,
     checkpoint_id: str,

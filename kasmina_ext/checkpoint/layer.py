@@ -49,6 +49,8 @@ class LayerCheckpoints:
     checkpoint_dir: Directory | None
     """Where checkpoints go and come from where nothing else is said."""
     _manager: CheckpointManager | None
+    _other_manager: CheckpointManager | None = None
+    """Of the directory that was last passed: it knows what is there, which a save in the background has no time to read."""
 
     @property
     def checkpoint_manager(self) -> CheckpointManager | None:
@@ -112,7 +114,8 @@ class LayerCheckpoints:
                 :meth:`load_checkpoint`. A warning says where two layers of this process save under one.
             priority: low, normal, high or critical; those of higher priority are kept longer,
                 critical ones always.
-            include_base: with the base layer's ``state_dict``.
+            include_base: with the base layer's ``state_dict``, without which a checkpoint fits only the base
+                layer of that time: train it, or absorb seeds into it, and it is another one.
             controller: with the state of this :class:`~kasmina_ext.GrowthController`; events still on
                 their way are written first.
             optimizer: with the state of this optimizer, of all its parameters.
@@ -165,8 +168,8 @@ class LayerCheckpoints:
         dtypes and values; tensors that do not fit by their shapes are not even read. Where the base layer
         or the optimizer refuses it after all, everything gets back what it had. Checkpoints go from any
         device and floating dtype to any other; tensors are written in place, so the optimizer's parameters
-        are still these. The base layer is loaded if it was saved. ``controller`` and ``optimizer`` are loaded if given; with more than one layer, load all of them,
-        and each of these two from one checkpoint.
+        are still these. The base layer is loaded if it was saved. ``controller`` and ``optimizer`` are loaded
+        if given; with more than one layer, load all of them, and each of these two from one checkpoint.
 
         :class:`~kasmina_ext.checkpoint.CheckpointMismatch` (a ValueError) for a checkpoint of another
         number of seeds, features or blueprints, another chunking, controller or optimizer, and for an
@@ -216,7 +219,9 @@ class LayerCheckpoints:
 
     def _manager_for(self, checkpoint_dir: Directory | None) -> CheckpointManager:
         if checkpoint_dir is not None:
-            return CheckpointManager(checkpoint_dir)
+            if self._other_manager is None or _path(self._other_manager.checkpoint_dir) != _path(checkpoint_dir):
+                self._other_manager = CheckpointManager(checkpoint_dir)
+            return self._other_manager
         manager = self.checkpoint_manager
         if manager is None:
             raise RuntimeError(

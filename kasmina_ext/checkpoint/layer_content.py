@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_ext.checkpoint.errors import CheckpointMismatch
+from kasmina_ext.checkpoint.forks import without_lost_threads
 from kasmina_ext.checkpoint.optimizer_state import load_optimizer, optimizer_problems, undo_of
 from kasmina_ext.checkpoint.state_dict import problems_in, renamed_for
 from kasmina_ext.checkpoint.values import oddity_of, problem_of
@@ -34,6 +35,7 @@ _BEHAVIOUR = ("feature_dim", "strategy", "alpha_schedule", "ramp_epochs", "auto_
 # ---- making --------------------------------------------------------------------------------------
 
 
+@without_lost_threads()
 def pack(
     layer: KasminaLayer,
     *,
@@ -45,7 +47,7 @@ def pack(
 
     TypeError or ValueError, naming it, for what no checkpoint can hold.
     """
-    problem = _unwritable(layer)
+    problem = unwritable(layer)
     if problem is not None:
         raise ValueError(f"a layer cannot be saved whose {problem}")
     content = {
@@ -87,6 +89,7 @@ def configuration_of(layer: KasminaLayer) -> dict[str, Any]:
     }
 
 
+@without_lost_threads()
 def summary_of(content: Mapping[str, Any]) -> dict[str, Any]:
     """What lists show of it. Waits for the device where the tensors are on one."""
     configuration = content["configuration"]
@@ -108,11 +111,14 @@ def _base_tensors(layer: KasminaLayer) -> dict[str, Tensor]:
     return tensors
 
 
-def _unwritable(layer: KasminaLayer) -> str | None:
+def unwritable(layer: KasminaLayer, *, sharded: bool = False) -> str | None:
+    """Why the layer's own tensors cannot be saved or written, said after "whose"; None where they can. ``sharded``: a bank
+    in parts (FSDP2) will do.
+    """
     bank = layer._parameters.get(_BANK)
     if bank is None:
         return "blueprint_weights are parametrized: what is written to them would be lost"
-    if is_sharded(layer.lasting_bank):
+    if is_sharded(layer.lasting_bank) and not sharded:
         return "blueprint_weights are sharded: use torch.distributed.checkpoint with its state_dict"
     if bank.shape != (layer.num_blueprints, layer.hidden_dim):
         return "blueprint_weights are flattened by FullyShardedDataParallel: save the whole model's state_dict"
@@ -121,6 +127,14 @@ def _unwritable(layer: KasminaLayer) -> str | None:
     return None
 
 
+def _of_inference(layer: KasminaLayer) -> str | None:
+    own = chain(layer.parameters(), layer.buffers())
+    if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in own):
+        return None
+    return "tensors were made in inference mode: load it in torch.inference_mode()"
+
+
+@without_lost_threads()
 def refuse_unloadable(layer: KasminaLayer, content: Mapping[str, Any]) -> None:
     """ValueError where the layer's tensors hold what no load would take (written into them behind its back). Waits for
     the device.
@@ -133,6 +147,7 @@ def refuse_unloadable(layer: KasminaLayer, content: Mapping[str, Any]) -> None:
 # ---- checking ------------------------------------------------------------------------------------
 
 
+@without_lost_threads()
 def problems_with(
     content: Any,
     layer: KasminaLayer,
@@ -161,8 +176,8 @@ def problems_with(
     untold = [name for name in ours if type(theirs[name]) is not type(ours[name])]
     if untold:
         return [f"does not tell its layer's configuration: {untold[0]} is a {type(theirs[untold[0]]).__name__}"]
-    if (unwritable := _unwritable(layer)) is not None:
-        return [f"cannot be loaded into a layer whose {unwritable}"]
+    if (reason := unwritable(layer) or _of_inference(layer)) is not None:
+        return [f"cannot be loaded into a layer whose {reason}"]
     return [
         *_layer_problems(layer, content["layer"], theirs),
         *_base_problems(layer, content["base"]),
@@ -253,6 +268,7 @@ def _optimizer_problems(optimizer: Optimizer | None, state: Any) -> Iterator[str
 # ---- writing -------------------------------------------------------------------------------------
 
 
+@without_lost_threads()
 def apply(
     content: Mapping[str, Any],
     layer: KasminaLayer,
@@ -264,7 +280,7 @@ def apply(
 
     All or nothing: where one of them refuses it after all, :class:`CheckpointMismatch`, and all is as it was.
     """
-    undo, part = [_undo_of_layer(layer, content["base"] is not None)], "layer"
+    undo, part = [undo_of_layer(layer, content["base"] is not None)], "layer"
     if controller is not None:
         undo.append(_undo_of_controller(controller))
     if optimizer is not None:
@@ -281,7 +297,7 @@ def apply(
             base = layer._modules["base_layer"]
             base.load_state_dict(renamed_for(base, content["base"]))
         part = "layer"
-        _write_layer(layer, content["layer"])
+        write_layer(layer, content["layer"])
     except BaseException as error:
         for put_back in undo:
             put_back()
@@ -290,9 +306,12 @@ def apply(
         raise CheckpointMismatch(f"the checkpoint does not fit the {part}: {error}") from error
 
 
-def _undo_of_layer(layer: KasminaLayer, with_base: bool) -> Callable[[], None]:
+def undo_of_layer(layer: KasminaLayer, with_base: bool) -> Callable[[], None]:
+    """What puts back all that :func:`write_layer` writes and, with its base, the base layer."""
     base, loaded = layer._modules["base_layer"], layer._loaded_history_count
     own = [*(layer._buffers[name] for name in layer.BUFFER_DTYPES), layer.blueprint_weights]
+    if layer.lasting_bank is not layer.blueprint_weights:
+        own.append(layer.lasting_bank)
     kept = [(tensor, tensor.detach().clone()) for tensor in own]
     if with_base:  # on the host: it may be large
         both = chain(base.parameters(), base.buffers())
@@ -310,16 +329,20 @@ def _undo_of_layer(layer: KasminaLayer, with_base: bool) -> Callable[[], None]:
 def _undo_of_controller(controller: GrowthController) -> Callable[[], None]:
     """Its loading replaces values, and writes into none."""
     attributes, snapshots = dict(vars(controller)), [blueprints.snapshots for blueprints in controller._blueprints]
+    recorded = {} if controller.record is None else dict(vars(controller.record))
 
     def undo() -> None:
         vars(controller).update(attributes)
+        if controller.record is not None:
+            vars(controller.record).update(recorded)
         for blueprints, of_layer in zip(controller._blueprints, snapshots, strict=True):
             blueprints.snapshots = of_layer
 
     return undo
 
 
-def _write_layer(layer: KasminaLayer, tensors: Mapping[str, Tensor]) -> None:
+def write_layer(layer: KasminaLayer, tensors: Mapping[str, Tensor]) -> None:
+    """All of the layer's own tensors, in place."""
     with torch.no_grad():
         for name in layer.BUFFER_DTYPES:
             layer._buffers[name].copy_(tensors[name])

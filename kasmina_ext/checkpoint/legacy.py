@@ -39,11 +39,17 @@ from kasmina_ext.checkpoint import format
 from kasmina_ext.checkpoint.content import ContentError, Encoder, from_text
 from kasmina_ext.checkpoint.errors import CheckpointError, CheckpointSaveError, CheckpointVersionError
 from kasmina_ext.checkpoint.files import OpenDirectory
+from kasmina_ext.checkpoint.forks import without_lost_threads
 from kasmina_ext.checkpoint.header import lifecycle_of, problem_with, seed_header
+from kasmina_ext.checkpoint.tensor_file import TensorFileError, check_values
 
 MANIFEST, TENSORS = "tensor_manifest.json", "tensors"
 VERSION = 2
 """Version 1 becomes this one when it is read."""
+
+MAX_MORE_BYTES = 1 << 30
+"""A tensor's file that is larger than the promised tensor by more is refused unread. It may be larger: of a part of a
+tensor, torch.save writes all."""
 
 _FILE = re.compile(r"[a-zA-Z0-9_-]*\.pt")
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -67,10 +73,10 @@ def read(
     """
     header, state_data = _read_metadata(directory)
     manifest = _read_manifest(directory)
+    promised = None if manifest is None else _promised_by(directory, manifest)
     if check is not None:
-        preview = None if manifest is None else _preview(directory, manifest)
-        check(dict(header), {"state_data": deepcopy(state_data), "blueprint_state": preview})
-    blueprint = None if manifest is None else _read_blueprint(directory, manifest, max_bytes)
+        check(dict(header), {"state_data": deepcopy(state_data), "blueprint_state": promised})
+    blueprint = None if manifest is None else _read_blueprint(directory, manifest, promised, max_bytes)
     return header, {"state_data": state_data, "blueprint_state": blueprint}
 
 
@@ -79,6 +85,7 @@ def read_header(directory: OpenDirectory) -> dict[str, Any]:
     return {**_read_metadata(directory)[0], "version": VERSION, "size": None}
 
 
+@without_lost_threads()
 def convert(source: Path, checkpoint_id: str, target: Path) -> bool:
     """Read ``source / checkpoint_id`` and write it as ``target / checkpoint_id``, all or nothing. False where the target
     has the very same already.
@@ -193,25 +200,28 @@ def _read_manifest(directory: OpenDirectory) -> dict[str, Any] | None:
     return manifest
 
 
-def _preview(directory: OpenDirectory, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """What the manifest promises, as tensors without memory."""
-    preview = {}
+def _promised_by(directory: OpenDirectory, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the manifest's types and shapes, without memory."""
+    promised = {}
     for key, entry in manifest.items():
         dtype, shape = _DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
         if dtype is None or not isinstance(shape, list) or not all(type(size) is int for size in shape):
             raise directory.damaged(MANIFEST, f"tells no dtype and shape of {key[:80]!r}")
         try:
-            preview[key] = torch.empty(shape, dtype=dtype, device="meta")
+            promised[key] = torch.empty(shape, dtype=dtype, device="meta")
         except (RuntimeError, OverflowError, TypeError) as error:
             raise directory.damaged(MANIFEST, f"{key[:80]!r} cannot be made: {str(error)[:200]}") from None
-    return preview
+    return promised
 
 
-def _read_blueprint(directory: OpenDirectory, manifest: dict[str, Any], max_bytes: int | None) -> dict[str, Tensor]:
+def _read_blueprint(
+    directory: OpenDirectory, manifest: dict[str, Any], promised: dict[str, Tensor], max_bytes: int | None
+) -> dict[str, Tensor]:
     blueprint, left = {}, max_bytes
     for key, entry in manifest.items():
         path = f"{TENSORS}/{entry['file']}"
-        data = _read_archive(directory, path, left)
+        limit = promised[key].nbytes + MAX_MORE_BYTES
+        data = directory.read(path, limit if left is None else min(limit, left))
         left = None if left is None else left - len(data)
         blueprint[key] = _load_tensor(directory, path, data, entry)
     return blueprint
@@ -224,12 +234,6 @@ def _file_of(directory: OpenDirectory, key: str, entry: Any) -> str:
     if not _FILE.fullmatch(file):
         raise directory.damaged(MANIFEST, f"{file[:80]!r} is no file of {TENSORS}/")
     return file
-
-
-def _read_archive(directory: OpenDirectory, path: str, max_bytes: int | None) -> bytes:
-    with directory.open(path) as file:
-        size = file.size
-    return directory.read(path, size if max_bytes is None else max_bytes)
 
 
 def _load_tensor(directory: OpenDirectory, path: str, data: bytes, entry: dict[str, Any]) -> Tensor:
@@ -249,6 +253,10 @@ def _load_tensor(directory: OpenDirectory, path: str, data: bytes, entry: dict[s
             raise directory.damaged(path, f"has {name} {value}, {MANIFEST} says {str(entry.get(name))[:80]}")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() * tensor.element_size() > len(data):
         raise directory.damaged(path, "holds no plain tensor")
+    try:
+        check_values({entry["file"]: tensor})
+    except TensorFileError as error:
+        raise directory.damaged(path, str(error)) from None
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 

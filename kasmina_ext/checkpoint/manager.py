@@ -36,6 +36,7 @@ from kasmina_ext.checkpoint.files import (
 from kasmina_ext.checkpoint.header import (
     LAYER,
     MAX_TIMESTAMP,
+    PRIORITIES,
     SEED,
     age_of,
     checked_layer_id,
@@ -343,10 +344,12 @@ class CheckpointManager:
             log.warning("after checkpoint %s was saved: %s", checkpoint_id, error)
             return checkpoint_id
         removed = self._remove(in_excess(group, self.max_checkpoints_per_seed))
-        if checkpoint_id in removed:
+        rank = PRIORITIES.index(header["priority"])
+        better = sum(PRIORITIES.index(entry["priority"]) > rank for entry in group)
+        if checkpoint_id in removed and better:  # not where newer ones came meanwhile
             text = (
-                f"checkpoint {checkpoint_id} ({header['priority']}) was removed at once: "
-                f"{len(group) - len(removed)} of higher priority take all places"
+                f"checkpoint {checkpoint_id} ({header['priority']}) was removed at once: {better} of higher priority "
+                f"are there, {self.max_checkpoints_per_seed} are kept"
             )
             log.warning(text)
             warnings.warn(text, UserWarning, stacklevel=3)
@@ -387,9 +390,17 @@ class CheckpointManager:
 
 
 _clock = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_clock.acquire, after_in_parent=_clock.release, after_in_child=_clock.release)
 _last_timestamp = -1
+
+
+def _after_fork() -> None:
+    """A thread that the fork does not have may hold the lock."""
+    global _clock
+    _clock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _later_than(newest: int) -> int:

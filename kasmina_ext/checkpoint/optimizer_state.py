@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kasmina_ext.checkpoint.background import mapped
+from kasmina_ext.checkpoint.content import mapped
 
 # What optimizers remember in a parameter's shape ...
 _MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "sum"})
 # ... and as one number.
 _NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
+# What may be None, too.
+_CHOICES = frozenset({"foreach", "fused"})
 # What they cannot step without, once they remember anything of a parameter.
 _MADE = {
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # and AdamW
@@ -47,7 +49,8 @@ def optimizer_problems(optimizer: Optimizer, state: Any) -> Iterator[str]:
         return
     for index, (group, mine) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         for name, own in mine.items():
-            if name in group and name != "params" and not _same_kind(group[name], own):
+            unset = name in _CHOICES and group.get(name, own) is None
+            if name in group and name != "params" and not unset and not _same_kind(group[name], own):
                 yield f"{name} of group {index} is {_shown(group[name])}, in this one {_shown(own)}"
             if name not in group and name in optimizer.defaults:  # others are a scheduler's, say: then ours stay
                 yield f"group {index} has no {name}"
@@ -125,7 +128,7 @@ def _same_kind(theirs: Any, ours: Any) -> bool:
     """Whether an optimizer that has ``ours`` in a group can have ``theirs`` there."""
     if isinstance(theirs, Tensor) or isinstance(ours, Tensor):
         return _is_tensor_like(theirs, ours)
-    if ours is None or type(ours) is bool:  # foreach=None
+    if ours is None:  # foreach, for one
         return theirs is None or type(theirs) is bool
     if type(ours) in (int, float):
         return type(theirs) in (int, float)

@@ -85,7 +85,7 @@ def adopt_triton_layout(
         return problems, []
     for name in found:
         del state_dict[prefix + name]
-    fresh = _fresh_tensors(layer, next(iter(found.values())).device)
+    fresh = fresh_tensors(layer, next(iter(found.values())).device)
     for name, vector in found.items():
         fresh["state"][TRITON_VECTORS[name]] = vector
     others = ("alpha", "telemetry", "grad_telemetry", "history", "performance_metrics")
@@ -102,7 +102,8 @@ def _range_of(layer: KasminaLayer, name: str) -> tuple[int, int]:
     return state_range(TRITON_VECTORS[name], layer.num_blueprints)
 
 
-def _fresh_tensors(layer: KasminaLayer, device: torch.device) -> dict[str, Tensor]:
+def fresh_tensors(layer: KasminaLayer, device: torch.device | str) -> dict[str, Tensor]:
+    """The buffers of a layer like this one whose seeds have done nothing yet, as new tensors."""
     seeds = layer.num_seeds
     fresh = new_state(seeds, device)
     fill_fresh(fresh)
@@ -170,6 +171,16 @@ def renamed_for(model: nn.Module, tensors: Mapping[str, Any]) -> OrderedDict[str
     return renamed
 
 
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name of a module in ``model`` without the wrappers in it: the same whatever wraps the model."""
+    path, here = [], model
+    for part in filter(None, name.split(".")):
+        if wrapped_by(here) != part:
+            path.append(part)
+        here = here._modules[part]
+    return ".".join(path)
+
+
 def _name_in(model: nn.Module, key: str) -> str:
     """``key`` with the wrappers that ``model`` has, and without those that it has not."""
     path, here = [], model
@@ -194,7 +205,7 @@ def _down_to(module: nn.Module, found: Callable[[nn.Module], bool]) -> tuple[lis
     """The way through wrappers, from ``module`` on, to the first module where ``found``, and that module."""
     way: list[str] = []
     while not found(module):
-        inner = _wrapped_by(module)
+        inner = wrapped_by(module)
         if inner is None:
             return None
         way.append(inner)
@@ -203,10 +214,10 @@ def _down_to(module: nn.Module, found: Callable[[nn.Module], bool]) -> tuple[lis
 
 
 def _innermost(module: nn.Module) -> tuple[list[str], nn.Module]:
-    return _down_to(module, lambda inner: _wrapped_by(inner) is None)
+    return _down_to(module, lambda inner: wrapped_by(inner) is None)
 
 
-def _wrapped_by(module: nn.Module) -> str | None:
+def wrapped_by(module: nn.Module) -> str | None:
     """What a wrapper calls the module in it: that is all it has; None for any other module."""
     names = [name for name, child in module._modules.items() if child is not None]
     return names[0] if len(names) == 1 and names[0] in WRAPPERS and not module._parameters else None

@@ -105,11 +105,11 @@ def bytes_of(table: Table) -> int:
     return total
 
 
-def header_of(table: Table) -> bytes:
+def header_of(table: Table, metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes before the first tensor: length and JSON of the safetensors header, padded so that tensors are
-    aligned.
+    aligned. ``metadata`` go where the format has a place for them.
     """
-    entries, offset = {}, 0
+    entries, offset = {} if metadata is None else {"__metadata__": dict(metadata)}, 0
     for name, (dtype, shape) in table.items():
         end = offset + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -126,11 +126,8 @@ def write_tensors(file: NewFile, table: Table, tensors: Mapping[str, Tensor], pr
     """The whole file. Tensors on a device, or strided, are copied one at a time."""
     header, total = header_of(table), bytes_of(table)
     file.write(header)
-    for name, (dtype, shape) in table.items():
-        tensor = tensors[name].detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise RuntimeError(f"{name} changed while it was saved")
-        view = _bytes_of(tensor)
+    for name in table:
+        view = bytes_in(table, tensors, name)
         for start in range(0, len(view), _PROGRESS_STEP):
             file.write(view[start : start + _PROGRESS_STEP])
             if progress is not None:
@@ -138,6 +135,14 @@ def write_tensors(file: NewFile, table: Table, tensors: Mapping[str, Tensor], pr
 
 
 _PROGRESS_STEP = 64 << 20
+
+
+def bytes_in(table: Table, tensors: Mapping[str, Tensor], name: str) -> memoryview:
+    """The contents of a tensor as the file has them."""
+    tensor = tensors[name].detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    if (tensor.dtype, tuple(tensor.shape)) != table[name]:
+        raise RuntimeError(f"{name} changed while it was saved")
+    return _bytes_of(tensor)
 
 
 def read_tensors(file: OpenFile, table: Table) -> dict[str, Tensor]:
@@ -152,14 +157,21 @@ def read_tensors(file: OpenFile, table: Table) -> dict[str, Tensor]:
     file.read_into(memoryview(found))
     if found != header:
         raise TensorFileError("its header is not the one of the tensors in metadata.json")
+    tensors = filled(table, file.read_into)
+    file.expect_end()
+    return tensors
+
+
+def filled(table: Table, read_into: Callable[[memoryview], object]) -> dict[str, Tensor]:
+    """New tensors on the CPU, each handed to ``read_into`` to be filled, in the file's order."""
     tensors = {}
     for name, (dtype, shape) in table.items():
         try:
             tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
         except RuntimeError as error:  # too large for this machine, or too many dimensions
             raise TensorFileError(f"tensor {name!r} cannot be made: {str(error)[:200]}") from None
-        file.read_into(_bytes_of(tensors[name]))
-    file.expect_end()
+        if tensors[name].numel():
+            read_into(_bytes_of(tensors[name]))
     return tensors
 
 

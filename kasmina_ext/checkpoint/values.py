@@ -80,10 +80,13 @@ def _offsets_problem(layer: KasminaLayer, value: Tensor) -> str | None:
 
 
 def _telemetry_problem(layer: KasminaLayer, value: Tensor) -> str | None:
-    least = _comparable(value).amin(0)
-    counts = least[[TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]]
-    problem = _outside(0, math.inf, counts)
-    return None if problem is None else f"{problem} in a count"
+    value = _comparable(value)
+    extremes = torch.stack((value.amin(0), value.amax(0)))
+    counts = extremes[:, [TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]]
+    least, greatest = counts[0].amin().item(), counts[1].amax().item()
+    if least >= 0 and greatest < math.inf:
+        return None
+    return f"must be in [0, inf), got {greatest if least >= 0 else least} in a count"
 
 
 _LOOKS = {
@@ -118,6 +121,8 @@ def oddity_of(tensor: Tensor) -> str | None:
         return f"is a {type(tensor).__name__}, no plain tensor"
     if tensor.is_nested or tensor.layout != torch.strided:
         return "is nested or sparse"
+    if tensor.is_cuda and not torch.cuda.is_initialized():
+        return "is on a GPU that this process cannot use: it was forked from the one that does"
     return "is on the meta device: to_empty first" if tensor.is_meta else None
 
 
