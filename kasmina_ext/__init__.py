@@ -10,6 +10,7 @@ from kasmina_ext.controller import GrowthController
 from kasmina_ext.credit import credit, removal_cost
 from kasmina_ext.distributed import prepare_ddp
 from kasmina_ext.fold import FoldError, absorb, fold_, fold_report, unfold_
+from kasmina_ext.graft import graft_, ungraft_
 from kasmina_ext.grafting import (
     GRAFTING_STRATEGIES,
     AlphaSchedule,
@@ -31,6 +32,10 @@ from kasmina_ext.lifecycle import (
 )
 from kasmina_ext.optim import param_groups, reset_optimizer_state
 from kasmina_ext.policy import GrowthConfig, default_policy
+from kasmina_ext.seed_files import load_seeds, save_seeds
+from kasmina_ext.seed_record import SeedHistory, SeedRecord
+from kasmina_ext.seed_sets import SeedSets, load_seed_sets
+from kasmina_ext.seeds import Seeds
 from kasmina_ext.state import ExtendedStateTensor, StateVar
 from kasmina_ext.telemetry import potential
 
@@ -53,6 +58,10 @@ __all__ = [
     "GrowthController",
     "KasminaLayer",
     "LifecycleManager",
+    "SeedHistory",
+    "SeedRecord",
+    "Seeds",
+    "SeedSets",
     "StateTransition",
     "StateVar",
     "TransitionContext",
@@ -70,6 +79,9 @@ __all__ = [
     "flags",
     "fold_",
     "fold_report",
+    "graft_",
+    "load_seed_sets",
+    "load_seeds",
     "load_state_dict",
     "ops",
     "param_groups",
@@ -79,7 +91,9 @@ __all__ = [
     "reference",
     "removal_cost",
     "reset_optimizer_state",
+    "save_seeds",
     "telemetry",
     "unfold_",
+    "ungraft_",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -69,8 +70,15 @@ def _attempt(probe: Callable[[], Any]) -> Any:
 def _driver_version() -> str:
     if torch.version.cuda is None:
         return "none (this torch has no CUDA)"
-    version = torch._C._cuda_getDriverVersion()
-    return f"{version // 1000}.{version % 1000 // 10}" if version else "none (no driver)"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # which is the driver's; torch does not tell its version any more
+    except OSError:
+        return "none (no driver)"
+    version = ctypes.c_int()
+    code = driver.cuDriverGetVersion(ctypes.byref(version))
+    if code:
+        raise RuntimeError(f"cuDriverGetVersion returned {code}")
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def _package_version(name: str) -> str:

@@ -35,9 +35,14 @@ def prepare_ddp(model: nn.Module) -> nn.Module:
 
     DDP broadcasts the buffers of rank 0 before each forward, which would overwrite what the other
     ranks have seen. The names go on the list that DDP looks for in the module that it is given,
-    beside what is there already, so this must be that module and have all its layers by now. State
-    and alpha stay among what is broadcast. ValueError where there is no KasminaLayer, or for a
-    model that is wrapped already.
+    beside what is there already, so this must be that module and have all its layers by now.
+    ValueError where there is no KasminaLayer, or for a model that is wrapped already.
+
+    State and alpha stay among what is broadcast, so that a model that rank 0 alone has loaded is the
+    same everywhere. Two forwards before a backward (a contrastive loss, say) may then be autograd's
+    in-place error: torch 2.11 takes the broadcast before the second one for a change, 2.13 does
+    not. ``DistributedDataParallel(..., broadcast_buffers=False)`` works with both; it leaves out the
+    first broadcast as well, so let :func:`sync_lifecycle` run once before.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("prepare_ddp must see the model before DistributedDataParallel does: DDP(prepare_ddp(model))")

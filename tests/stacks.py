@@ -9,8 +9,9 @@ A test may prove several rows, a row may need several tests. The device is that 
 as a measurement of its rows.
 
 With the environment variable KASMINA_STACKS=FILE, a run merges what it found into that JSON: row -> device ->
-``{"result": "works" | "refused" | "fails" | "not run", "tests": n, "versions": {...}, "note": ...}``. A row works where
-all of its tests passed; one that a machine could not run keeps what another machine found.
+``{"result": "works" | "refused" | "fails" | "not run", "tests": n, "versions": {...}, "note": ..., "source": ...}``. A row
+works where all of its tests passed; one that a machine could not run keeps what another machine found with the same
+sources. What was found with others is dropped: it says nothing of these.
 """
 
 from __future__ import annotations
@@ -76,10 +77,17 @@ ROWS: dict[str, tuple[str, ...]] = {
     ),
     "distributed": (
         "DDP, static_graph on and off, no unused parameters",
+        "DDP, gradients accumulated with no_sync",
+        "DDP, two forwards before a backward",
         "DDP, telemetry of each rank kept (prepare_ddp)",
+        "DDP, compiled before and after it is wrapped",
         "FSDP2 fully_shard",
         "FSDP2 mixed precision",
         "FSDP2, germination and other writes to a sharded bank",
+        "FSDP2, compiled",
+        "FullyShardedDataParallel (FSDP1)",
+        "DDP and FSDP2 with activation checkpointing",
+        "tensor parallel base layer",
         "sync_telemetry merges ranks exactly",
         "lifecycle_digest and sync_lifecycle heal a rank that diverged",
         "elastic restart on another number of ranks",
@@ -160,13 +168,14 @@ class Found:
             return "not run"
         return "refused" if self.refused else "works"
 
-    def entry(self, device: str) -> dict[str, Any]:
+    def entry(self, device: str, source: str) -> dict[str, Any]:
         remarks = self.reasons if self.result == "not run" else [self.refused, *self.notes]
         entry = {
             "result": self.result,
             "tests": len(self.outcomes),
             "versions": {} if self.result == "not run" else versions(device, self.packages),
             "note": "; ".join(dict.fromkeys(filter(None, remarks))),
+            "source": source,
         }
         return entry | ({"measured": self.measured} if self.measured else {})
 
@@ -264,22 +273,52 @@ class Plugin:
     def pytest_sessionfinish(self) -> None:
         if self.path is None or not self.found:
             return
-        known = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(merged(known, self.found), indent=1, ensure_ascii=False) + "\n")
+        source, found = source_of(), {}
+        for (name, device), seen in self.found.items():
+            found.setdefault(name, {})[device] = seen.entry(device, source)
+        write_table(self.path, merged(read_table(self.path), found, source))
 
 
-def merged(known: dict[str, dict], found: dict[tuple[str, str], Found]) -> dict[str, dict]:
-    """``known`` with what was found, all rows in the table's order; what no row has any more is dropped."""
-    table = {}
+Table = dict[str, dict[str, dict[str, Any]]]
+"""Row -> device -> entry, as in the JSON."""
+
+
+def source_of() -> str:
+    """Names the sources that a result is of."""
+    import evidence  # of scripts/, which conftest.py puts on the path
+
+    return evidence.source_hash()[:16]
+
+
+def read_table(path: Path) -> Table:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_table(path: Path, table: Table) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def merged(known: Table, found: Table, source: str, *, another_machine: bool = False) -> Table:
+    """``known`` with what was found, of ``source`` alone: all rows in the table's order, and no others.
+
+    What was found is later and replaces what was known, unless it was not run. Of another machine, though, it only fills
+    in what was not run here, or says what fails there.
+    """
+    table: Table = {}
     for name in NAMES:
-        entries = dict(known.get(name, {}))
-        for device in DEVICES:
-            new = found.get((name, device))
-            if new is not None and (new.result != "not run" or device not in entries):
-                entries[device] = new.entry(device)
+        entries = _of_source(known, name, source)
+        for device, new in _of_source(found, name, source).items():
+            old = entries.get(device, {"result": "not run"})["result"]
+            replaces = old == "not run" or new["result"] == "fails" if another_machine else new["result"] != "not run"
+            if device not in entries or replaces:
+                entries[device] = new
         table[name] = {device: entries[device] for device in DEVICES if device in entries}
     return table
+
+
+def _of_source(table: Table, name: str, source: str) -> dict[str, dict[str, Any]]:
+    return {device: entry for device, entry in table.get(name, {}).items() if entry.get("source") == source}
 
 
 def register(config: pytest.Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -55,6 +56,30 @@ def test_this_machines_device(device):
     compiled, why = flags.compiled_path(where)
     assert row["path"] == ("compiled" if compiled else "reference")
     assert compiled or row["why"] == why
+
+
+def test_the_driver(device, monkeypatch):
+    """Which CUDA it can run at most; on a machine without one, or with one that answers nothing, that."""
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    found = report.collect()["versions"]["driver_cuda"]
+    if device.type == "cuda":
+        assert tuple(map(int, found.split("."))) >= (11, 0)
+        return
+    assert found == "none (no driver)" or torch.cuda.is_available()
+
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 13010
+            return self.code
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    for Driver.code, answer in ((0, "13.1"), (999, "unknown (RuntimeError: cuDriverGetVersion returned 999)")):
+        assert report.collect()["versions"]["driver_cuda"] == answer
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert report.collect()["versions"]["driver_cuda"] == "none (this torch has no CUDA)"
 
 
 def test_packages_and_settings(capsys, monkeypatch):

@@ -100,8 +100,9 @@ def test_gradients_and_training_are_those_of_one_process(rank: Rank) -> None:
 
 
 @pytest.mark.stack("distributed: DDP, static_graph on and off, no unused parameters")
+@pytest.mark.stack("distributed: DDP, gradients accumulated with no_sync")
 @in_two_ranks
-def test_accumulated_gradients_and_two_forwards(rank: Rank) -> None:
+def test_accumulated_gradients(rank: Rank) -> None:
     alone, model = network(rank.device), network(rank.device)
     wrapped = DistributedDataParallel(kx.prepare_ddp(model))
     first, second = batch(0, rank.device), batch(1, rank.device)
@@ -111,11 +112,38 @@ def test_accumulated_gradients_and_two_forwards(rank: Rank) -> None:
     wrapped(own(rank, second)).square().mean().backward()
     for a, b in zip(alone.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
-    # DDP writes state and alpha before each forward: to autograd, no change.
-    model.zero_grad()
-    (wrapped(own(rank, first)).square().mean() + wrapped(own(rank, second)).square().mean()).backward()
-    for a, b in zip(alone.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.stack(
+    "distributed: DDP, two forwards before a backward",
+    note="torch 2.11 needs broadcast_buffers=False: autograd takes its DDP's broadcast of buffers for a change",
+)
+@in_two_ranks
+def test_two_forwards_before_a_backward(rank: Rank) -> None:
+    """A contrastive loss, say. DDP writes state and alpha before each forward, the same bits if the ranks agree."""
+    alone, first, second = network(rank.device), batch(0, rank.device), batch(1, rank.device)
+    (alone(first).square().mean() + alone(second).square().mean()).backward()
+
+    def gradients(broadcast: bool) -> list[Tensor]:
+        model = network(rank.device)
+        wrapped = DistributedDataParallel(kx.prepare_ddp(model), broadcast_buffers=broadcast)
+        assert not kx.distributed.sync_lifecycle(model)
+        (wrapped(own(rank, first)).square().mean() + wrapped(own(rank, second)).square().mean()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    def is_right(found: list[Tensor]) -> None:
+        for expected, gradient in zip(alone.parameters(), found, strict=True):
+            torch.testing.assert_close(gradient, expected.grad, rtol=1e-9, atol=1e-12)
+
+    is_right(gradients(broadcast=False))
+    ordinary = DistributedDataParallel(nn.BatchNorm1d(2).to(rank.device, torch.float64)).eval()
+    before = ordinary.module.running_mean._version
+    ordinary(first)
+    if ordinary.module.running_mean._version > before:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(broadcast=True)
+    else:
+        is_right(gradients(broadcast=True))
 
 
 @pytest.mark.stack("distributed: DDP, telemetry of each rank kept (prepare_ddp)")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import checks
 import pytest
 import stack_model
 import torch
 from stack_model import Net
-from torch import Tensor
+from torch import Tensor, nn
+
+from kasmina_ext import KasminaLayer
 
 FORWARD = torch.ops.kasmina.chunked_forward.default
 BUFFERS = ["seed_offsets", "state", "alpha", "telemetry", "grad_telemetry"]
@@ -71,6 +77,21 @@ def test_an_exported_program(device, strict):
     assert checks.same_bits(telemetry, twin.grown.telemetry) and telemetry[:, 3].eq(4).all()
 
 
+@pytest.mark.stack(
+    "export: torch.export, non-strict",
+    note="a layer that is exported by itself takes *args: dynamic_shapes=(({0: batch},),)",
+)
+def test_a_layer_by_itself(device):
+    """Of a convolution, features in the second dimension."""
+    layer = KasminaLayer(nn.Conv2d(3, 10, 3), num_seeds=4, num_blueprints=4).to(device)
+    stack_model.grow(layer)
+    sample = torch.randn(4, 3, 6, 6, device=device)
+    module = torch.export.export(layer, (sample,), dynamic_shapes=(({0: BATCH},),)).module()
+    for count in (2, 5):
+        images = torch.randn(count, 3, 6, 6, device=device)
+        torch.testing.assert_close(module(images), layer(images))
+
+
 @pytest.mark.stack("export: training an exported program")
 @pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed"])
 def test_training_an_exported_program(device, decomposed):
@@ -118,12 +139,21 @@ def test_a_layer_without_kernels_can_be_exported():
 )
 @pytest.mark.stack("export: state changed afterwards through buffers")
 def test_aotinductor_package(device, tmp_path):
+    """In a process of its own: where compiled code crashes, its output says so and the other tests go on."""
+    program = f"import test_stack_export; test_stack_export.use_a_package({str(device)!r}, {str(tmp_path)!r})"
+    command = [sys.executable, "-X", "faulthandler", "-c", program]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+
+
+def use_a_package(device: str, folder: str) -> None:
     """Built, loaded and run from Python; afterwards the program is given buffers that are changed from outside."""
-    net = Net(device, torch.float32).eval()
+    net = Net(torch.device(device), torch.float32).eval()
     configs = {"always_keep_tensor_constants": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
     with torch.no_grad():
         path = torch._inductor.aoti_compile_and_package(
-            exported(net, device), package_path=str(tmp_path / "net.pt2"), inductor_configs=configs
+            exported(net, device), package_path=f"{folder}/net.pt2", inductor_configs=configs
         )
         package = torch._inductor.aoti_load_package(path)
         for rows in (2, 9):

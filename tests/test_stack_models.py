@@ -387,6 +387,22 @@ def test_resuming_from_a_checkpoint_of_trainer(device, tmp_path):
         assert torch.equal(one.telemetry[:, 3], two.telemetry[:, 3])
 
 
+@pytest.mark.stack("models: GPT-2 under transformers.Trainer", uses=("transformers", "accelerate"))
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_kwargs")  # renamed by later versions
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_gradient_checkpointing_of_trainer(device, tmp_path, reentrant):
+    """The same losses, and every batch is counted once."""
+    needs("transformers", "accelerate")
+    steps = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    plain, checkpointed = Run("GPT-2", device), Run("GPT-2", device)
+    with_trainer(plain, tmp_path, **steps)
+    with_trainer(checkpointed, tmp_path, **steps, **settings)
+    torch.testing.assert_close(checkpointed.curve, plain.curve, rtol=1e-2, atol=1e-3)
+    for layer in checkpointed.layers:
+        assert layer.telemetry[:, 3].eq(8).all() and layer.grad_telemetry[:, 2].eq(8).all()
+
+
 def test_what_the_document_shows(tmp_path, monkeypatch):
     """Its code runs, in its order; a plain checkpoint in the class that wraps is put right as it says."""
     needs("transformers", "accelerate")

@@ -30,6 +30,7 @@ def use_every_operator(net: Net) -> None:
     ops.telemetry_update(layer.base_layer(x), layer.seed_offsets, layer.telemetry)
     ops.telemetry_merge(layer.telemetry, layer.telemetry.clone())
     ops.telemetry_reduce(layer.telemetry)
+    ops.pair_moments(x, 2 * x, x.new_zeros(stack_model.INPUTS, 6))
 
 
 def names_in(profiled: profile) -> set[str]:

@@ -52,6 +52,7 @@ def run(pytester: pytest.Pytester, monkeypatch, known: dict, *arguments: str) ->
     path.write_text(json.dumps(known))
     monkeypatch.setenv(stacks.VARIABLE, str(path))
     monkeypatch.setattr(stacks, "versions", lambda device, packages: {"torch": "9"})
+    monkeypatch.setattr(stacks, "source_of", lambda: "now")
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(TESTS)
     found = pytester.runpytest_inprocess("-p", "no:cacheprovider", *arguments)
@@ -69,11 +70,11 @@ def test_every_row_has_a_test():
 def test_outcomes_become_results(pytester, monkeypatch, processes):
     table = run(pytester, monkeypatch, {}, *processes)
     assert list(table) == list(stacks.NAMES)
-    works = {"result": "works", "tests": 1, "versions": {"torch": "9"}, "note": "", "measured": {"peak MiB": 3}}
+    works = {"result": "works", "tests": 1, "versions": {"torch": "9"}, "note": "", "source": "now"}
     assert table[FIRST] == {
-        "cpu": works,
-        "cuda": {"result": "not run", "tests": 1, "versions": {}, "note": "no CUDA device"},
-        "2 x cuda": {"result": "fails", "tests": 2, "versions": {"torch": "9"}, "note": ""},
+        "cpu": works | {"measured": {"peak MiB": 3}},
+        "cuda": works | {"result": "not run", "versions": {}, "note": "no CUDA device"},
+        "2 x cuda": works | {"result": "fails", "tests": 2},
     }
     assert table[SECOND]["cpu"]["result"] == "refused"
     assert table[SECOND]["cpu"]["note"] == "an error that says so"
@@ -91,13 +92,53 @@ def test_a_crash_is_a_failure(pytester, monkeypatch):
     assert [table[name]["cpu"]["result"] for name in (FIRST, SECOND)] == ["fails", "works"]
 
 
-def test_another_machines_results_are_kept(pytester, monkeypatch):
-    there = {"result": "works", "tests": 4, "versions": {"torch": "8"}, "note": ""}
-    known = {FIRST: {"cuda": there, "cpu": there}, stacks.NAMES[2]: {"cuda": there}, "a row of old": {"cpu": there}}
+def test_another_machines_results_are_kept_if_they_are_of_the_same_sources(pytester, monkeypatch):
+    there = {"result": "works", "tests": 4, "versions": {"torch": "8"}, "note": "", "source": "now"}
+    before, third = there | {"source": "before"}, stacks.NAMES[2]
+    known = {
+        FIRST: {"cuda": there, "cpu": there},
+        SECOND: {"cuda": before},
+        third: {"cuda": there, "2 x cuda": before},
+        "a row of old": {"cpu": there},
+    }
     table = run(pytester, monkeypatch, known)
-    assert table[FIRST]["cuda"] == there and table[stacks.NAMES[2]] == {"cuda": there}
-    assert table[FIRST]["cpu"]["versions"] == {"torch": "9"}
+    assert table[FIRST]["cuda"] == there and table[third] == {"cuda": there}
+    assert table[FIRST]["cpu"]["versions"] == {"torch": "9"} and list(table[SECOND]) == ["cpu"]
     assert "a row of old" not in table
+
+
+def test_what_another_machine_found_fills_in_and_warns():
+    def entry(result, source="now"):
+        return {"result": result, "source": source, "note": "", "versions": {}}
+
+    here = {FIRST: {"cpu": entry("works"), "cuda": entry("not run")}, SECOND: {"cpu": entry("fails")}}
+    there = {
+        FIRST: {"cpu": entry("fails"), "cuda": entry("works"), "2 x cuda": entry("works", "before")},
+        SECOND: {"cpu": entry("works"), "2 x cuda": entry("not run")},
+    }
+    table = stacks.merged(here, there, "now", another_machine=True)
+    assert table[FIRST] == {"cpu": entry("fails"), "cuda": entry("works")}
+    assert table[SECOND] == {"cpu": entry("fails"), "2 x cuda": entry("not run")}
+
+
+def test_one_command_merges_and_renders(tmp_path, monkeypatch, capsys):
+    results, readme, other = tmp_path / "stacks.json", tmp_path / "README.md", tmp_path / "gpu.json"
+    readme.write_text(f"before\n{render_stacks.BEGIN}\n{render_stacks.END}\nafter\n")
+    entry = {"result": "works", "tests": 1, "versions": {}, "note": "", "source": stacks.source_of()}
+    stacks.write_table(results, {FIRST: {"cpu": entry, "2 x cuda": entry | {"result": "not run"}}})
+    stacks.write_table(other, {FIRST: {"cuda": entry}})
+    options = ["render_stacks.py", "--results", str(results), "--readme", str(readme), str(other)]
+    monkeypatch.setattr("sys.argv", options)
+    assert render_stacks.main() == 0
+    row = FIRST.partition(": ")[2]
+    assert f"| {row} | works | works | not run |" in readme.read_text() and "after" in readme.read_text()
+    assert list(stacks.read_table(results)[FIRST]) == ["cpu", "cuda", "2 x cuda"]
+    stacks.write_table(other, {SECOND: {"cpu": entry | {"result": "fails"}}})
+    assert render_stacks.main() == 1 and f"fails: {SECOND} (cpu)" in capsys.readouterr().err
+    stacks.write_table(other, {FIRST: {"cuda": entry | {"source": "0" * 16}}})
+    with pytest.raises(SystemExit):
+        render_stacks.main()
+    assert "nothing in it is of these sources" in capsys.readouterr().err
 
 
 def test_a_row_that_does_not_exist_is_an_error(pytester, monkeypatch):
