@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from kasmina_ext.extras import missing_extra
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.wrapper import CallsOnly
 
@@ -106,25 +109,47 @@ class Passes:
             setattr(module, switch, False)
 
     def run(self, model: nn.Module, batch: Any) -> None:
-        """One forward; TypeError where there is no telling how a batch is to be passed."""
+        """One forward of a copy of the batch, since a model may work in place; TypeError where there is no telling how it is
+        to be passed.
+        """
         cpu, cuda = self._random
         torch.set_rng_state(cpu)
         for index, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, index)
         with contextlib.suppress(StopForward):
             if self._forward is not None:
-                self._forward(model, batch)
-            elif isinstance(batch, Tensor):
-                model(batch)
-            elif isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
+                self._forward(model, copied(batch))
+                return
+            if not isinstance(batch, (Tensor, Mapping, tuple, list)):
                 raise TypeError(
                     f"a batch must be a tensor, a tuple or a dict, got {type(batch).__name__}; pass forward=, a function "
                     "of the model and a batch"
                 )
+            args = () if isinstance(batch, Mapping) else copied((batch,) if isinstance(batch, Tensor) else tuple(batch))
+            kwargs = copied(dict(batch)) if isinstance(batch, Mapping) else {}
+            try:
+                model(*args, **kwargs)
+            except TypeError as error:
+                if _takes(model, args, kwargs):
+                    raise
+                raise TypeError(
+                    f"a batch does not fit {type(model).__name__}'s forward ({error}): pass forward=, a function of the "
+                    "model and a batch, as lambda model, batch: model(batch[0]) where batches have labels"
+                ) from error
+
+
+def copied(batch: Any) -> Any:
+    """With copies of all tensors in it, also in lists and dicts, outside of autograd and inference mode."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
+
+
+def _takes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the model's forward has a place for all of these."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -323,11 +348,15 @@ def record_activations(
 
 @contextlib.contextmanager
 def progress_bar(what: str, wanted: bool | None) -> Iterator[Callable[[int, int | None], None]]:
-    """A function of (done, total or None) that moves a bar on stderr: with rich, on a terminal; else it does nothing."""
+    """A function of (done, total or None) that moves a bar on stderr: with rich, on a terminal; else it does nothing.
+    ImportError where one is ``wanted`` and there is no rich.
+    """
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
+    except ImportError as error:
+        if wanted:
+            raise missing_extra("a progress bar", "rich", "demo") from error
         wanted = False
     console = None if wanted is False else Console(file=sys.stderr, force_terminal=wanted)
     if console is None or not console.is_terminal:

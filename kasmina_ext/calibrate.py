@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -36,7 +37,7 @@ from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.least_squares import FITTED, Fit, explained, fit
 from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
 from kasmina_ext.measure import seed_layers
-from kasmina_ext.report import TableReport, cell
+from kasmina_ext.report import TableReport, cell, counted
 from kasmina_ext.state_layout import StateVar
 
 _S = ExtendedLifecycle
@@ -73,7 +74,7 @@ class CalibrationReport(TableReport):
         seeds = sum(row["seeds"] for row in self.values())
         times = "{whole} + {partial} partial passes, reference {reference}".format(**self.passes)
         batches = f"{self.batches} batch" + ("es" if self.batches != 1 else "")
-        return f"explained variance: {seeds} seeds of {len(self)} layers, {batches}; {times}"
+        return f"explained variance: {counted(seeds, 'seed')} of {counted(len(self), 'layer')}, {batches}; {times}"
 
     def __reduce__(self) -> tuple:
         return CalibrationReport, (dict(self), self.passes, self.batches)
@@ -89,7 +90,7 @@ class CalibrationReport(TableReport):
 
 def calibrate_(
     model: nn.Module | SeedHandle,
-    reference: nn.Module | Recorded,
+    reference: nn.Module | SeedHandle | Recorded,
     batches: Iterable[Any],
     *,
     ridge: float = 1e-4,
@@ -120,18 +121,20 @@ def calibrate_(
             from these names to a list with a tensor for each call, or one tensor of all batches
             joined along dimension 0. See :func:`kasmina_ext.record_activations`.
         batches: inputs, in any iterable; walked through once and kept. A tensor is passed as
-            ``model(x)``, a tuple or list as ``model(*x)``, a dict as ``model(**x)``.
+            ``model(x)``, a tuple or list as ``model(*x)``, a dict as ``model(**x)``; every pass gets copies,
+            since a model may work in place.
         ridge: relative to the target's sum of squares, so without dimension: no feature is scaled
             by more than 1 / (2 sqrt(ridge)), 50 times by default. 0 is plain least squares.
         least_pairs: features with fewer finite pairs stay neutral: two pairs fit any line.
-        forward: a function of the model and a batch that passes it through, for all other cases.
+        forward: a function of the model and a batch that passes it through, for all other cases, as where
+            batches have labels: ``lambda model, batch: model(batch[0])``.
         optimizer: what trains the banks, if it is to forget what it knew of the seeds that are fitted.
         memory: bytes of the reference's activations that may be kept, where they lie; those of a
             single batch are held in any case.
         stop_early: end a pass when the layers that it is for have run, by an exception (a
             BaseException) from within the forward. False for models that must not be left half-way
             (sharded by FSDP, say).
-        progress: a bar on stderr; None: on a terminal only.
+        progress: a bar on stderr, drawn by rich; None: on a terminal, and where rich is installed.
 
     Passes over all batches, for L layers: the model's are one whole one that finds the order and
     measures what there was, a partial one for each layer but the first (up to that layer, half a
@@ -161,13 +164,21 @@ def calibrate_(
     for one, shapes or numbers of calls differ, a seed's strategy is MIXED or its rows are not in the
     bank, or no layer runs; TypeError for a batch that cannot be passed.
     """
-    model = model_of(model)
+    model, reference = model_of(model), model_of(reference)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(reference, (nn.Module, Mapping)):
         raise TypeError(f"reference must be a model or a dict of activations, got {type(reference).__name__}")
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(f"batches must be several of them: a single one is [batch], got a {type(batches).__name__}")
+    if not isinstance(optimizer, (Optimizer, type(None))):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not isinstance(ridge, Real):
+        raise TypeError(f"ridge must be a number, got {type(ridge).__name__}")
     if not 0 <= ridge < math.inf:
         raise ValueError(f"ridge must be a finite number of at least 0, got {ridge}")
+    if not isinstance(memory, Real) or not memory >= 0:
+        raise ValueError(f"memory must be a number of bytes, at least 0, got {memory!r}")
     least_pairs = positive("least_pairs", least_pairs)
     model = unwrapped(model)
     layers = _layers_of(model)

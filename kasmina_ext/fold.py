@@ -25,6 +25,7 @@ from kasmina_ext.folding.targets import apply_changes
 from kasmina_ext.handle import SeedHandle, model_of
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext.report import counted
 from kasmina_ext.seed_arguments import SeedIds
 from kasmina_ext.selection import Selection
 from kasmina_ext.state_layout import NO_ID
@@ -162,7 +163,7 @@ def absorb(model: nn.Module | SeedHandle, seeds: SeedIds | Mapping[str, SeedIds]
         for site in planned.sites:
             _free(site.layer, chosen[site.layer])
         count = sum(int(mask.sum()) for mask in chosen.values())
-    return FoldReport(planned.rows(graph.names), f"{count} fossils absorbed")
+    return FoldReport(planned.rows(graph.names), f"{counted(count, 'fossil')} absorbed")
 
 
 def _graph_with_layers(model: nn.Module | SeedHandle) -> Graph:

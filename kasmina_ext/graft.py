@@ -234,7 +234,7 @@ def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site]
     """The modules to graft, and by name why others that were found are not."""
     wanted, unwanted = list(_wanted(which, "which")), list(_wanted(exclude, "exclude"))
     if not wanted:
-        raise ValueError("which names nothing")
+        raise ValueError("which is empty: give a pattern, a predicate, a class, a module or a list of these")
     chosen: dict[Site, None] = {}
     skipped: dict[str, str] = {}
     for entry in wanted:
@@ -247,13 +247,14 @@ def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site]
             if site.is_grafted:
                 skipped[site.name] = "it has seeds already"
             elif site.refused and entry.is_named(site):
-                raise ValueError(f"cannot graft {site.name!r}: {site.refused}")
+                raise ValueError(f"cannot graft {site.name or '(model)'!r}: {site.refused}")
             elif site.refused:
                 skipped[site.name] = site.refused
             else:
                 chosen[site] = None
     if not chosen:
-        reasons = [f"{name}: {reason}" for name, reason in skipped.items()] or ["everything found is excluded"]
+        reasons = [f"{name or '(model)'}: {reason}" for name, reason in skipped.items()]
+        reasons = reasons or ["everything found is excluded"]
         raise ValueError("there is nothing left to graft:\n  " + _lines(reasons))
     return [site for site in sites if site in chosen], skipped
 
@@ -262,7 +263,7 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
     if isinstance(which, str):
         yield _Wanted(
             repr(which),
-            lambda site: any(fnmatchcase(name, which) for name in site.names),
+            lambda site: any(name == which or fnmatchcase(name, which) for name in site.names),  # a name may have [ in it
             lambda site: which in site.names,
             which,
         )
@@ -292,7 +293,10 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
 
 def _nothing_found(entry: _Wanted, sites: list[Site]) -> str:
     if not sites:
-        return f"{entry.text} finds nothing: there is no module in the model that can have seeds"
+        return (
+            f"{entry.text} finds nothing: there is no module in the model that can have seeds by itself; "
+            "KasminaLayer(module, hidden_dim=...) wraps others by hand"
+        )
     groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for site in sites:
         # Blocks that are all alike take one line; it is a pattern, too.

@@ -163,6 +163,8 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks
             base_layer.to(device)
         home, dtype = _home_of(found.module, base_layer)
         home = home if device is None else torch.device(device)
+        if blueprint_dtype is not None and not isinstance(blueprint_dtype, torch.dtype):
+            raise TypeError(f"blueprint_dtype must be a torch.dtype, got {type(blueprint_dtype).__name__}")
         if blueprint_dtype is not None and not blueprint_dtype.is_floating_point:
             raise ValueError(f"blueprint_dtype must be a floating dtype, got {blueprint_dtype}")
         seeds = self.num_seeds

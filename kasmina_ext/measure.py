@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from kasmina_ext.activations import copied
 from kasmina_ext.compat import TritonKasminaLayer
 from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
@@ -151,8 +151,8 @@ class Measurement:
     it, modes, telemetry, BatchNorm statistics, torch's random state, alphas and all ``.grad`` are as
     they were: alphas are swapped, not written, and gradients are taken with respect to them alone.
 
-    ``batches`` are walked through once and kept (tensors made in inference mode, also in lists and
-    dicts, as copies that autograd can use); ``loss_fn(batch)`` gives the loss, a scalar or one value
+    ``batches`` are walked through once and kept, and every pass gets copies of their tensors (also of those in lists
+    and dicts), since a model may work in place; ``loss_fn(batch)`` gives the loss, a scalar or one value
     for each sample, which are then averaged over all batches alike. Where there are several
     ``ranks``, each brings as many batches of its own, all make the same passes, and all get what all
     have measured.
@@ -182,7 +182,7 @@ class Measurement:
             stack.enter_context(torch.inference_mode(False))
             self._cuda = sorted({layer.device.index or 0 for layer in layers if layer.device.type == "cuda"})
             stack.enter_context(torch.random.fork_rng(self._cuda))
-            self._batches = [_usable(batch) for batch in self._given]  # shuffling takes random numbers, too
+            self._batches = list(self._given)  # shuffling takes random numbers, too
             self.num_batches = self._count_batches()
             # Of each batch, of each rank: how many losses, whether there are any, whether all that there were.
             self._sizes: list[tuple[int, ...]] = []
@@ -337,20 +337,13 @@ class Measurement:
         torch.set_rng_state(cpu)
         for index, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, index)
-        loss = self._loss_fn(self._batches[number])
+        loss = self._loss_fn(copied(self._batches[number]))
         if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.numel() == 0:
             what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return a floating tensor, a loss or one for each sample, got {what}")
         if self._kept[number] is not None:
             loss = loss.flatten()[self._kept[number].to(loss.device)]
         return loss.mean(), loss.detach().to(self.layout.device, torch.float64).flatten()
-
-
-def _usable(batch: Any) -> Any:
-    """The batch itself or, with tensors made in inference mode, one with copies of them."""
-    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(batch)):
-        return batch
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:

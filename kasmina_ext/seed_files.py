@@ -21,7 +21,7 @@ from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.measure import Layers, roots_of
 from kasmina_ext.optim import forget
-from kasmina_ext.report import TableReport, cell
+from kasmina_ext.report import TableReport, cell, counted
 from kasmina_ext.seed_file_format import BANK, Content, SeedFile, SeedFileDamaged, dtype_of, shortened
 from kasmina_ext.state_layout import StateVar
 
@@ -53,7 +53,7 @@ class LoadReport(TableReport):
     def title(self) -> str:
         """What was loaded, in a line."""
         awake = sum(row["awake"] for row in self.values())
-        title = f"{self.path.name}: {awake} seeds awake in {len(self)} layers, {self.size / 1024:.1f} KiB"
+        title = f"{self.path.name}: {counted(awake, 'seed')} awake in {counted(len(self), 'layer')}, {self.size / 1024:.1f} KiB"
         return title + (f"; not in the model: {shortened(self.unexpected)}" if self.unexpected else "")
 
     def __reduce__(self) -> tuple:

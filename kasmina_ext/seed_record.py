@@ -93,7 +93,7 @@ class SeedHistory:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             layers = json.loads(metadata.get("layers", "null"))
-        except (_safetensors().SafetensorError, ValueError) as error:
+        except (_safetensors().SafetensorError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no seed history: {error}") from None
         problem = _problem_of_history(metadata.get("format"), layers, tensors)
         if problem:

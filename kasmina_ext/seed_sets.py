@@ -69,6 +69,8 @@ class SeedSets:
     """
 
     def __init__(self, model: Layers, files: Mapping[str, File] | None = None, *, strict: bool = True) -> None:
+        if not isinstance(files, (Mapping, type(None))):
+            raise TypeError(f"files must be a dict of the sets' names and their files, got {type(files).__name__}")
         self._layers = seeded_layers(model)
         self._lock = threading.RLock()
         self._sets: dict[str, _Set] = {}
@@ -221,7 +223,7 @@ class SeedSets:
             if is_sharded(layer.lasting_bank):
                 problem = "blueprint_weights are sharded: load_seeds can write them"
             if isinstance(layer._modules["base_layer"], Folded):
-                problem = "base layer has taken its place (fold_)"
+                problem = "base layer has taken its place (fold_): unfold_ puts it back"
             if problem is not None:
                 raise RuntimeError(f"sets of seeds cannot be switched in layer {name!r}: its {problem}")
             live += [layer._buffers.get(own, layer._parameters.get(own)).detach() for own in _SWITCHED]

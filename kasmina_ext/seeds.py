@@ -77,7 +77,10 @@ class Seeds(SeedHandle):
         return sum(layer.num_seeds for layer in self)
 
     def __repr__(self) -> str:
-        layers = self.layers
+        try:
+            layers = self.layers
+        except ValueError:  # they were folded, or taken out: no reason for a debugger to stumble
+            layers = {}
         total = sum(layer.num_seeds for layer in layers.values())
         return f"Seeds({counted(total, 'seed')} of {counted(len(layers), 'layer')})"
 
@@ -191,7 +194,10 @@ def _numbers(seeds: Any, total: int) -> Tensor:
     """int64 ``[U]`` on the CPU, from 0."""
     if isinstance(seeds, bool) or (not is_single(seeds) and not isinstance(seeds, (Tensor, Iterable))):
         raise TypeError(f"seeds are chosen by numbers, a mask, a slice or a layer's name, got {type(seeds).__name__}")
-    ids = integers(seeds, "seeds").detach().cpu().flatten()
+    try:
+        ids = integers(seeds, "seeds").detach().cpu().flatten()
+    except ValueError:  # beyond int64
+        raise IndexError(f"there are {total} seeds, there is no number {seeds!r:.60}") from None
     if ids.dtype == torch.bool:
         if ids.numel() != total:
             raise IndexError(f"a mask of seeds must have length {total}, got {ids.numel()}")

@@ -139,8 +139,8 @@ class Selection:
         """DORMANT seeds get a neutral blueprint, of ``strategy`` where one is given, and become GERMINATED.
 
         ``alpha``, in [0, 1], is written where the request is applied; a layer's ``alpha_schedule`` sets it
-        anew at the grafting. Both are one for all or one for each. ValueError for what is no strategy or
-        no alpha, before anything is written.
+        anew at the grafting. Both are one for all or one for each. ValueError for a name that is no strategy's and
+        for what is no alpha, before anything is written; a number that is no strategy's is refused by the verdict.
         """
         strategies = None if strategy is None else batch_values(strategy, "strategies", strategy_number, like=self.ids)
         alphas = None if alpha is None else self._checked_alphas(alpha)
@@ -229,7 +229,12 @@ class Selection:
 
     def _checked_alphas(self, alpha: Any) -> Tensor:
         """float32 ``[U]`` on the CPU."""
-        values = torch.as_tensor(alpha, dtype=torch.float32).detach().cpu()
+        if isinstance(alpha, Iterable) and not hasattr(alpha, "__array__"):
+            alpha = list(alpha)
+        try:
+            values = torch.as_tensor(alpha, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"alpha must be a number in [0, 1] or one for each seed: {error}") from None
         wrong = ~((values >= 0) & (values <= 1))  # NaN is wrong, too
         if wrong.any():
             raise ValueError(f"alpha must be in [0, 1], got {values[wrong][0].item()}")
@@ -240,6 +245,8 @@ class Selection:
 
 def _table(layer: KasminaLayer, rules: Rules) -> Tensor:
     """int32 ``[11, 11]`` on the layer's device."""
+    if not isinstance(rules, (TransitionRules, type(None))):
+        raise TypeError(f"rules must be TransitionRules, as TransitionRules.strict(), got {type(rules).__name__}")
     return (layer.transition_rules if rules is None else rules).on(layer.device)
 
 

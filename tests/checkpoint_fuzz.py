@@ -4,6 +4,7 @@ what is accepted must mean what a second, plain reader makes of the same files.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -35,11 +36,16 @@ _ODD_BYTES = [
     b"NaN",
     b"-1",
 ]
-ODD_VALUES: list[Any] = [
+_ODD_VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400, 1.5, -0.0, 1e308, "", "one", "F32"),
     *("../x", "a\0b", "$tensor", [], {}, [[]], {"$tensor": "blueprint_state.half"}, {"$float": "nan"}, {"$tuple": []}),
     *({"$dict": [[1, 2]]}, {"dtype": "F32", "shape": [2, 3]}, {"dtype": "BOOL", "shape": [3]}, [0, 24], "I64", "BF16"),
 ]
+
+
+def odd_value(generator: random.Random) -> Any:
+    """A new one: the next change may be to what is in it."""
+    return copy.deepcopy(generator.choice(_ODD_VALUES))
 
 
 class Fuzzer(ABC):
@@ -202,7 +208,7 @@ def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
     parent, key = generator.choice(places)
     action = generator.randrange(5)
     if action == 0:
-        parent[key] = generator.choice(ODD_VALUES)
+        parent[key] = odd_value(generator)
     elif action == 1:
         del parent[key]
     elif action == 2:
@@ -212,9 +218,9 @@ def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
     elif action == 3 and isinstance(parent, dict):
         parent[generator.choice(["", "more", "$tuple", "$tensor", "dtype", "a\0"])] = parent.pop(key)
     elif isinstance(parent, dict):
-        parent["added"] = generator.choice(ODD_VALUES)
+        parent["added"] = odd_value(generator)
     else:
-        parent.insert(0, generator.choice(ODD_VALUES))
+        parent.insert(0, odd_value(generator))
 
 
 def _rebuild(path: Path, metadata: dict[str, Any], generator: random.Random) -> None:

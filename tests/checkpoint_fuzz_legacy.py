@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from checkpoint_cases import STATE, same, seal_old, write_old
-from checkpoint_fuzz import ODD_VALUES, Fuzzer, change_value, changed_bytes
+from checkpoint_fuzz import Fuzzer, change_value, changed_bytes, odd_value
 
 from kasmina_ext.checkpoint import CheckpointDamaged, CheckpointManager, legacy
 
@@ -195,7 +195,7 @@ def change_meaning(path: Path, generator: random.Random) -> None:
         (path / MANIFEST).write_text(json.dumps(manifest))
         return
     if kind <= 2:
-        (path / MANIFEST).write_text(json.dumps(generator.choice(ODD_VALUES)))
+        (path / MANIFEST).write_text(json.dumps(odd_value(generator)))
         return
     file = path / generator.choice(names)
     if kind == 3:

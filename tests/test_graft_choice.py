@@ -84,7 +84,7 @@ def test_nothing_found_says_what_there_is():
         graft_(model, lambda name, module: False)
     with pytest.raises(ValueError, match="finds nothing: there is no module in the model that can have seeds"):
         graft_(nn.Sequential(nn.ReLU(), nn.Dropout()), "*")
-    with pytest.raises(ValueError, match="which names nothing"):
+    with pytest.raises(ValueError, match="which is empty: give a pattern"):
         graft_(model, [])
     wide = nn.ModuleDict({f"layer{letter * count}": nn.Linear(2, 2) for letter in "abcde" for count in range(1, 11)})
     with pytest.raises(ValueError, match=r"\n  layera  \(Linear\)\n(.*\n)+  \.\.\. and 10 more$"):
@@ -106,7 +106,7 @@ def test_nothing_found_says_what_there_is():
         ((Model(), "*", {"num_seeds": 3}), TypeError, "graft_ has no setting 'num_seeds'; there are alpha_schedule"),
         ((Model(), "*", {"chunking": "odd"}), ValueError, "cannot graft 'embed': chunking must be one of"),
         ((Model(), "*", {"num_blueprints": 1}), ValueError, "cannot graft 'embed': strategy AFFINE takes 2 rows"),
-        ((nn.Linear(2, 2), "*"), ValueError, r"  : it is the model itself: KasminaLayer\(model\) wraps it"),
+        ((nn.Linear(2, 2), "*"), ValueError, r"  \(model\): it is the model itself: KasminaLayer\(model\) wraps it"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

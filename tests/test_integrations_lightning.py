@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +220,7 @@ def test_no_loss_to_judge_by_is_told(tmp_path):
 def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     # After an epoch of 12 batches: a loader without a state cannot go on in the middle of one.
     settings = {"max_steps": 30, "val_check_interval": 6, "enable_checkpointing": True, "size": 25}
+    settings["accelerator"] = "cpu"  # where sums are always added in one order
 
     def saving() -> lightning.Callback:
         return lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=True)
@@ -309,6 +312,22 @@ def test_the_other_package_takes_it_too(tmp_path, monkeypatch):
         with one_thread():
             trainer.fit(Plain(run), DataLoader(TensorDataset(*run.train), 16))
         assert grow.controller.ticks == 3
+
+
+def test_what_the_document_shows(tmp_path, monkeypatch):
+    needs("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    document = Path(__file__).resolve().parent.parent / "docs/loops.md"
+    [_, block] = re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    run = Run()
+    for name in ("first", "second"):
+        setattr(run.model, name, getattr(run.model, name).base_layer)
+    held = TensorDataset(*(torch.cat(part) for part in zip(*run.held, strict=True)))
+    names = {"module": Module(run), "held_out_loader": DataLoader(held, 10)}
+    names["train_loader"] = DataLoader(TensorDataset(*run.train), 16)
+    with one_thread():
+        exec(block, names)
+    assert names["grow"].evaluation.alive > 0 and list((tmp_path / "runs").iterdir())
 
 
 def test_without_lightning(monkeypatch):

@@ -388,7 +388,7 @@ def test_resuming_from_a_checkpoint_of_trainer(device, tmp_path):
 
 
 @pytest.mark.stack("models: GPT-2 under transformers.Trainer", uses=("transformers", "accelerate"))
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_kwargs")  # renamed by later versions
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # renamed by later versions
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_of_trainer(device, tmp_path, reentrant):
     """The same losses, and every batch is counted once."""

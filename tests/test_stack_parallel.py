@@ -155,7 +155,9 @@ def test_a_base_layer_in_parts(rank: Rank) -> None:
         assert layer.sync_lifecycle() is False
     layer = network(rank.device)[0]
     parallelize_module(layer, mesh, {"base_layer": ColwiseParallel()})
-    with pytest.raises(RuntimeError, match="seed_offsets must end at or before H = (8|9), got 17"):
+    # A GPU's offsets are not looked at.
+    problem = r"seed_offsets must end at or before H = [89], got 17|blueprint_weights must have shape \[P, H\]"
+    with pytest.raises(RuntimeError, match=f"chunked_forward: ({problem})"):
         layer(rows(0, rank))
 
 

@@ -54,8 +54,8 @@ class GrowthCallback(GrowthLoop, *_callback_classes()):
       loss if ``training_step`` returns one). Steps that a gradient scaler skips do not count.
     * Seeds are judged at the end of each validation in ``fit``, by ``loss_fn`` on the batches of the first
       validation loader, or of ``eval_set``, its number or key. There is no judging without ``loss_fn``.
-    * ``self.log`` gets ``seeds_alive`` every ``log_every`` steps and ``seeds_*`` after each judging: for
-      loggers, the progress bar's neighbours and EarlyStopping.
+    * ``self.log`` gets ``seeds_alive`` every ``log_every`` steps, and ``seeds_*`` after each judging: for loggers and for
+      EarlyStopping.
     * The controller's state is in every checkpoint, and ``fit(ckpt_path=...)`` goes on with it.
     * Under DDP, telemetry stays each rank's own for layers that are there before ``configure_model``; call
       :func:`kasmina_ext.prepare_ddp` at the end of that for others.

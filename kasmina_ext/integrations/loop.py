@@ -185,7 +185,7 @@ class GrowthLoop:
         """
         if not self.controller.ticks:
             return {}
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # what is made here is used in training
             placed = map(place, first_of(batches, self._max_batches))
             self.evaluation = self.controller.evaluate(placed, partial(loss_fn, model))
         found = {

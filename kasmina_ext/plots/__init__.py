@@ -22,6 +22,11 @@ def plot(history: SeedHistory, path: str | PathLike[str], *, title: str | None =
     a block of neighbours in a layer, and the picture says so. ValueError for another suffix, or a
     history without snapshots.
     """
+    if not isinstance(history, SeedHistory):
+        kind = type(history).__name__
+        raise TypeError(f"history must be a SeedHistory, as SeedRecord.history() makes it, got {kind}")
+    if not isinstance(title, (str, type(None))):
+        raise TypeError(f"title must be a str, got {type(title).__name__}")
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (*_PICTURES, ".html"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.plots.colors import DARK, LIGHT
-from kasmina_ext.plots.seed_map import SeedMap, seed_map
+from kasmina_ext.plots.seed_map import SeedMap, heading, seed_map
 from kasmina_ext.seed_record import SeedHistory
 
 _MAX_CELLS = 2_500_000
@@ -42,7 +42,7 @@ def page(history: SeedHistory, title: str | None = None) -> str:
     policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     return Template(_text("page.html")).substitute(
         policy=policy,
-        title=html.escape(title or "Seeds over time"),
+        title=html.escape(heading(title)),
         summary=html.escape(shown.title),
         note=html.escape(shown.note),
         style=style,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from kasmina_ext.extras import missing_extra
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.plots.colors import LIGHT
-from kasmina_ext.plots.seed_map import SeedMap, seed_map
+from kasmina_ext.plots.seed_map import SeedMap, heading, printable, seed_map
 from kasmina_ext.seed_record import SeedHistory
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def picture(history: SeedHistory, kind: str, title: str | None = None) -> bytes:
 
 def _draw(figure: Figure, shown: SeedMap, title: str | None, height: float) -> None:
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.06, wspace=0.015, hspace=0.02)
-    figure.suptitle(title or "Seeds over time", x=0.008, ha="left", fontsize=14, fontweight="bold")
+    figure.suptitle(heading(title), x=0.008, ha="left", fontsize=14, fontweight="bold")
     figure.text(0.992, 0.985, shown.title, ha="right", va="top", color=_GREY, fontsize=10)
     if shown.note:
         figure.supxlabel(shown.note, x=0.008, ha="left", fontsize=9, color=_GREY)
@@ -186,6 +186,7 @@ def _logarithmic(low: float, high: float) -> Scale:
 
 
 def _readable(name: str) -> str:
+    name = printable(name)
     if not name or name.isdecimal():
         return f"layer {name}".strip()
     return name if len(name) <= 34 else f"{name[:12]}…{name[-21:]}"

@@ -94,6 +94,16 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
+def printable(text: str) -> str:
+    """What is nothing to see (control characters, halves of surrogates, marks that turn a line round) as U+FFFD."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
+def heading(title: str | None) -> str:
+    """Of picture and page."""
+    return printable(title or "Seeds over time")
+
+
 def seed_map(history: SeedHistory, max_rows: int, max_columns: int = 512) -> SeedMap:
     """The map of a history, of at most ``max_rows`` rows (but one for each layer) and ``max_columns`` columns."""
     every = math.ceil(len(history.steps) / max_columns)
