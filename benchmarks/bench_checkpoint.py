@@ -18,7 +18,7 @@ from pathlib import Path
 import timing
 import torch
 from results import RESULTS as FOLDER
-from results import commit, evidence
+from results import evidence
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -157,7 +157,7 @@ def main() -> None:
                 rows[place] = bench(directory, options.seeds, options.rounds)
         finally:
             shutil.rmtree(directory)
-    record = evidence.machine() | {"commit": commit(), "source_sha256": evidence.source_hash()}
+    record = evidence.machine() | {"commit": evidence.commit(), "source_sha256": evidence.source_hash()}
     record |= {"device": f"cpu, {torch.get_num_threads()} threads", "seeds": options.seeds, "target": TARGET}
     evidence.write_json(options.out, record | {"microseconds": rows})
     table = Table(title=f"checkpoint of {options.seeds} seeds: ms p20 / p50 / p80, torch {record['torch']}")

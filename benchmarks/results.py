@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -24,17 +23,6 @@ Row = dict[str, Any]
 """`case`, `gpu` or `cpu` (microseconds of a call by contestant), perhaps `eager`, `ratios`, `bytes`."""
 
 
-def commit() -> str:
-    """Of the sources; where they travel without git, KASMINA_COMMIT says it."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("KASMINA_COMMIT", "")
-    return described.stdout.strip()
-
-
 def clocks() -> str:
     """Of the GPU's processors and memory now, in MHz."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
@@ -45,7 +33,7 @@ def clocks() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    record = evidence.machine() | {"commit": commit(), "source_sha256": evidence.source_hash()}
+    record = evidence.machine() | {"commit": evidence.commit(), "source_sha256": evidence.source_hash()}
     if device == "cuda":
         return record | {"clocks": clocks()}
     return record | {"device": f"cpu, {torch.get_num_threads()} threads", "driver": ""}

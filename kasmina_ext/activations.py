@@ -32,6 +32,11 @@ def original_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def matches(name: str, pattern: str) -> bool:
+    """As :func:`fnmatch.fnmatchcase`; a name that has a bracket in it also matches itself."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Without DataParallel and its like, whose forward talks to other ranks or copies modules, hooks and all."""
     while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -139,8 +144,8 @@ class Passes:
 
 
 def copied(batch: Any) -> Any:
-    """With copies of all tensors in it, also in lists and dicts, outside of autograd and inference mode."""
-    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), batch)
+    """With copies of all tensors in it, also in lists and dicts: leaves to autograd, and none of inference mode."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad), batch)
 
 
 def _takes(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -321,21 +326,30 @@ def record_activations(
 
     ``names`` are module names or patterns as of :mod:`fnmatch` (``"*.mlp.*"``). ``batches`` and
     ``forward`` as in :func:`calibrate_`, which must be given the same batches; modes, telemetry and
-    random numbers are left as they were. The dict can be saved with ``torch.save``. ValueError for a
-    name that no module has.
+    random numbers are left as they were. The dict can be saved with ``torch.save``. Modules that return no
+    tensor are left out; ValueError for a name that no module has, TypeError for one of such a module.
     """
     model = unwrapped(model)
     known = modules_by_name(model)
     chosen: dict[str, nn.Module] = {}
-    for pattern in [names] if isinstance(names, str) else names:
-        found = [name for name in known if fnmatchcase(name, pattern)]
+    names = [names] if isinstance(names, str) else list(names)
+    for pattern in names:
+        found = [name for name in known if matches(name, pattern)]
         if not found:
             raise ValueError(f"no module is called {pattern!r}; there are {_listed([name for name in known if name])}")
         chosen |= {name: known[name] for name in found}
     recorded: dict[str, list[Tensor]] = {name: [] for name in chosen}
 
     def hook(name: str, args: tuple, kwargs: dict, output: Any) -> None:
-        recorded[name].append(tensor_of(output, name).detach().to("cpu", copy=True))
+        try:
+            first = tensor_of(output, name)
+        except TypeError:
+            if name in names:
+                raise
+            recorded.pop(name, None)
+            return
+        if name in recorded:
+            recorded[name].append(first.detach().to("cpu", copy=True))
 
     with Passes([model], batches, forward) as passes, hooked(chosen, hook):
         for batch in passes.batches:

@@ -12,6 +12,7 @@ rounds when it sums comes on top, as it did before.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
@@ -70,10 +71,12 @@ def fold_(model: nn.Module | SeedHandle, *, strict: bool = True, keep: bool = Tr
         keep: remember what :func:`unfold_` needs: the layers, and a copy of each weight that changed,
             on its device and for as long as its module lives. It is in a table of this process and not
             on the modules: a deepcopy, a pickle or a state_dict has nothing of it and cannot be
-            unfolded. False keeps nothing.
+            unfolded. False keeps nothing, so that there is no way back either where writing fails (for want of
+            memory, or Ctrl-C); else the weights are then as they were.
 
     Refused are also weights that another module uses (tied, as an embedding that is the head as well;
-    ties are seen within ``model``, so give the whole of it), parametrized, quantised, sparse, sharded
+    ties are seen within ``model``, so give the whole of it; code that reads a weight without a module of its own,
+    as ``x @ self.embed.weight.T``, is not seen), parametrized, quantised, sparse, sharded
     and meta ones, values beyond the dtype's range, seeds that are not finite, and a base layer that
     is used elsewhere, too. A folded layer raises an error when it is called. Compiled models compile
     anew; CUDA graphs must be captured again where something was added. ValueError where there is no
@@ -85,11 +88,16 @@ def fold_(model: nn.Module | SeedHandle, *, strict: bool = True, keep: bool = Tr
         planned = plan(graph, strict=strict)
         # Copied before anything is written: there may not be memory for all of it.
         records = [undo.new_record(group) if keep else None for group in planned.groups]
-        record_of = {}
-        for group, record in zip(planned.groups, records, strict=True):
-            record_of |= {site.layer: record for site in group.sites}
-            if group.target is not None:
-                apply_changes(group.target, group.changes)
+        with contextlib.ExitStack() as way_back:
+            for group, record in zip(planned.groups, records, strict=True):
+                if record is not None:
+                    way_back.callback(undo.put_weights_back, record)
+                if group.target is not None:
+                    apply_changes(group.target, group.changes)
+            way_back.pop_all()
+        record_of = {
+            site.layer: record for group, record in zip(planned.groups, records, strict=True) for site in group.sites
+        }
         for site in planned.sites:
             undo.take_out(graph, site.layer, record_of[site.layer])
         result = graph.root
@@ -158,10 +166,13 @@ def absorb(model: nn.Module | SeedHandle, seeds: SeedIds | Mapping[str, SeedIds]
         chosen = _fossils(graph, seeds)
         planned = plan(graph, chosen=chosen)
         for group in planned.groups:
-            if group.target is not None:
-                apply_changes(group.target, group.changes)
-        for site in planned.sites:
-            _free(site.layer, chosen[site.layer])
+            with contextlib.ExitStack() as way_back:  # module by module: of one at a time there is a copy
+                way_back.callback(undo.put_weights_back, undo.new_record(group))
+                if group.target is not None:
+                    apply_changes(group.target, group.changes)
+                way_back.pop_all()
+            for site in group.sites:
+                _free(site.layer, chosen[site.layer])
         count = sum(int(mask.sum()) for mask in chosen.values())
     return FoldReport(planned.rows(graph.names), f"{counted(count, 'fossil')} absorbed")
 
@@ -191,7 +202,9 @@ def _fossils(graph: Graph, seeds: SeedIds | Mapping[str, SeedIds] | Selection) -
         seeds = {graph.names.get(part.layer, ""): part.local for part in seeds.parts}
     if not isinstance(seeds, Mapping):
         if not isinstance(graph.root, KasminaLayer):
-            raise ValueError("seeds of a model must be a dict of layers' names and their seeds")
+            raise ValueError(
+                "seeds of a model must be a dict of layers' names and their seeds, or a selection, seeds[...]"
+            )
         seeds = {"": seeds}
     unknown = [name for name in seeds if name not in graph.layers]
     if unknown:

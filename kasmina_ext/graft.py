@@ -7,13 +7,13 @@ import inspect
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from kasmina_ext.activations import matches
 from kasmina_ext.arguments import positive
 from kasmina_ext.folding.plan import Graph
 from kasmina_ext.graftable import Site, num_features, seeds_for, sites_in
@@ -263,7 +263,7 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
     if isinstance(which, str):
         yield _Wanted(
             repr(which),
-            lambda site: any(name == which or fnmatchcase(name, which) for name in site.names),  # a name may have [ in it
+            lambda site: any(matches(name, which) for name in site.names),
             lambda site: which in site.names,
             which,
         )

@@ -231,19 +231,9 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks
         else:
             seen = seen_gradients = buffers["telemetry"].new_empty(0)
         op = blend_ops(x.device, x.dtype, self.enable_kernels).chunked_forward
+        seeds = buffers["seed_offsets"], buffers["state"], buffers["alpha"], bank, seen, seen_gradients
         dim = self._dim_of_features(x)
-        if dim != -1:
-            x = x.movedim(dim, -1)
-        y = op(
-            x,
-            buffers["seed_offsets"],
-            buffers["state"],
-            buffers["alpha"],
-            bank,
-            seen,
-            seen_gradients,
-        )
-        return y if dim == -1 else y.movedim(-1, dim)
+        return op(x, *seeds) if dim == -1 else op(x.movedim(dim, -1), *seeds).movedim(-1, dim)
 
     def _dim_of_features(self, x: Tensor) -> int:
         return self.feature_dim - 1 if x.dim() == self._unbatched_rank else self.feature_dim

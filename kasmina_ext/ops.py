@@ -7,7 +7,7 @@ compiled kernel. In each section: the public function, the fake function (shapes
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from kasmina_ext import _autograd, _native, _validate, reference, reference_calibration, reference_lifecycle
 from kasmina_ext._schema import SCHEMAS
@@ -18,6 +18,14 @@ if not _native.available:
     _definitions = torch.library.Library("kasmina", "DEF")
     for _schema in SCHEMAS.values():
         _definitions.define(_schema)
+
+# Every forward and backward comes by: the look-ups are made once.
+_chunked_forward = _kasmina.chunked_forward.default
+_chunked_backward = _kasmina.chunked_backward.default
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_graph_task_id = torch._C._current_graph_task_id
+_alive = torch._C._functorch.unwrap_if_dead  # a tensor that a torch.func transform left behind, without its wrapper
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # Kept alive: the registrations end with the object.
 _library = torch.library.Library("kasmina", "IMPL")
@@ -81,7 +89,19 @@ def chunked_forward(
 
     Differentiable once, in ``x``, ``alpha`` and ``blueprint_weights``. See :func:`kasmina_ext.reference.chunked_forward`.
     """
-    return _kasmina.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
+    if (
+        type(x) not in _PLAIN
+        or type(alpha) not in _PLAIN
+        or type(blueprint_weights) not in _PLAIN
+        or not _autograd.plain_eager()  # before what the compiler cannot trace
+        or _graph_task_id() != -1
+    ):
+        return _kasmina.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
+    # What the kernel at the Autograd key would do, without the way there: a third of the time of a small forward.
+    if is_grad_enabled() and (x.requires_grad or blueprint_weights.requires_grad or alpha.requires_grad):
+        x, alpha, weights = _alive(x), _alive(alpha), _alive(blueprint_weights)
+        return _autograd.apply_blend(_NATIVE, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+    return _forward_below_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
 def _forward_fake(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
@@ -89,8 +109,9 @@ def _forward_fake(x, seed_offsets, state, alpha, blueprint_weights, telemetry, g
     return torch.empty_like(x)
 
 
-def _forward_below_autograd(*args):
-    return _below_autograd(_kasmina.chunked_forward.default, *args)
+def _forward_below_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
+    with _BelowAutograd():
+        return _chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
 def _raise_beyond(name: str, times: str):
@@ -173,7 +194,15 @@ def _backward_autograd(*args):
     return _without_derivative(_kasmina.chunked_backward.default, *args)
 
 
-_NATIVE = _autograd.Backend(_forward_below_autograd, _kasmina.chunked_backward, _forward_beyond)
+def _backward_once(*args):
+    """The derivative: below autograd at once where none of its own can follow."""
+    if is_grad_enabled() or not _autograd.plain_eager():
+        return _kasmina.chunked_backward(*args)
+    with _BelowAutograd():
+        return _chunked_backward(*args)
+
+
+_NATIVE = _autograd.Backend(_forward_below_autograd, _backward_once, _forward_beyond)
 
 
 # ---- telemetry_update ------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class SeedFileDamaged(CheckpointError, RuntimeError):
     """Not what was saved, or no seed file at all: ``path`` and ``reason`` say which and why. Nothing was changed."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"seed file {path} {reason}")
+        super().__init__(f"seed file {path}: {reason}")
         self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple:

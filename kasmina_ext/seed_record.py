@@ -213,7 +213,8 @@ class SeedRecord:
 
     def _checked_credit(self, credit: Credit | Sequence[Tensor]) -> Sequence[Tensor]:
         given = credit.mean if isinstance(credit, Credit) else credit
-        shapes = [tuple(one.shape) if isinstance(one, Tensor) else None for one in given]
+        each = given if isinstance(given, Sequence) else [None]
+        shapes = [tuple(one.shape) if isinstance(one, Tensor) else None for one in each]
         if shapes != [(size,) for size in self._layout.sizes]:
             raise ValueError("credit must be one tensor [S] for each layer")
         return given

@@ -148,7 +148,11 @@ class SeedSets:
             self._follow(live)
             if keep and self._active is not self._off:
                 _copy(live, self._active.tensors)
-            _copy(there.tensors, live)
+            try:
+                _copy(there.tensors, live)
+            except BaseException:  # Ctrl-C, between two launches
+                _copy(self._active.tensors, live)
+                raise
         for number, layer in enumerate(self._layers.values()):
             layer.telemetry_resets += 1
             # The set's own count: optimizers need not look for what its seeds went through before.

@@ -45,7 +45,11 @@ class GraftTable(TableReport):
     def _cells(self) -> tuple[list[str], list[list[str]], str]:
         columns = ("kind", "features", "seeds", "parameters")
         rows = [
-            [name or "(model)", *(cell(row[column]) for column in columns), f"{row['share']:.3%}"]
+            [
+                name or "(model)",
+                *(cell(row[column]) for column in columns),
+                _percent(row["parameters"], self.own_parameters),
+            ]
             for name, row in self.items()
         ]
         left_out = [f"not grafted: {name or '(model)'}, {reason}" for name, reason in self.skipped.items()]

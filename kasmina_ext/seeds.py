@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kasmina_ext.activations import original_name
+from kasmina_ext.activations import matches, original_name
 from kasmina_ext.credit import Credit, credit
 from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
@@ -143,10 +142,11 @@ class Seeds(SeedHandle):
     def plot(self, path: str | PathLike[str], *, title: str | None = None) -> Path:
         """The map of the seeds over time as ``.png``, ``.svg``, ``.pdf`` or ``.html``: see :func:`kasmina_ext.plots.plot`.
 
-        Of what was recorded; where nothing was, of what the seeds are now. Waits for the device.
+        Of what was recorded, also where the layers have been folded since; where nothing was, of what the seeds are
+        now. Waits for the device.
         """
-        record = self.recorder
-        if not record.steps:
+        record = self._recorder
+        if record is None or not record.steps:
             record = SeedRecord(self)
             record.take(0)
         return plot(record.history(), path, title=title)
@@ -182,7 +182,7 @@ class Seeds(SeedHandle):
 def _of_layers(pattern: str, layers: dict[str, KasminaLayer]) -> Tensor:
     found, start = [], 0
     for name, layer in layers.items():
-        if pattern == name or fnmatchcase(name, pattern) or fnmatchcase(original_name(name), pattern):
+        if matches(name, pattern) or matches(original_name(name), pattern):
             found.append(torch.arange(start, start + layer.num_seeds, device="cpu"))
         start += layer.num_seeds
     if not found:

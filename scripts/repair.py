@@ -32,10 +32,10 @@ import evidence  # noqa: E402
 import repair_digits as digits  # noqa: E402
 import repair_gpt as gpt  # noqa: E402
 import torch  # noqa: E402
-from demo import choose_device, commit  # noqa: E402
+from demo import choose_device  # noqa: E402
 from demo_journal import Journal, JournalError, write_atomically  # noqa: E402
 from demo_report import into_readme  # noqa: E402
-from repair_methods import START, repaired  # noqa: E402
+from repair_methods import START, Trainer, repaired  # noqa: E402
 from repair_report import markdown, show, summary  # noqa: E402
 from rich.console import Console  # noqa: E402
 
@@ -104,7 +104,7 @@ def digits_found(journal: Journal) -> dict[str, dict[str, list[dict[str, Any]]]]
 
 def run_gpt(options: argparse.Namespace, journal: Journal, clock: Clock) -> None:
     sizes = gpt.TINY if options.quick else gpt.Sizes()
-    device = options.device
+    device, Trainer.captures = options.device, not options.eager
     corpus = char_gpt.read_stdlib(device, sizes.corpus_bytes)
     clock.say("corpus: {files} files, {bytes:,} bytes, Python {python}".format(**corpus.facts))
     network = base_network(journal, corpus, sizes, clock)
@@ -215,6 +215,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=RESULTS, metavar="FILE", help="default: benchmarks/results/repair.json")
     add("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="of render: default: README.md")
     add("--deadline", type=float, default=float("inf"), metavar="SECONDS", help="stop in time, with what there is")
+    add("--eager", action="store_true", help="of gpt, on a GPU: steps as they are, not captured into CUDA graphs")
     add("--resume", action="store_true", help="go on with the run in --work")
     add("--quick", "--tiny", dest="quick", action="store_true",
         help="to see that all works: the figures mean nothing, so give --out, too")  # fmt: skip
@@ -262,17 +263,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def configuration(options: argparse.Namespace) -> dict[str, Any]:
     """All that the numbers depend on."""
-    version = commit()
-    if version == "unknown":
-        version = f"(sources {evidence.source_hash()[:12]})"
     if options.part == "digits":
         sizes, device = digits.plain(digits.QUICK if options.quick else digits.Sizes()), "cpu"
     else:
         sizes, device = gpt.plain(gpt.TINY if options.quick else gpt.Sizes()), str(options.device)
         if options.device.type == "cuda":
-            device = torch.cuda.get_device_name(options.device)
+            device = torch.cuda.get_device_name(options.device) + (", eager" if options.eager else "")
     plain = json.loads(json.dumps(sizes))
-    return {"sizes": plain, "device": device, "torch": torch.__version__, "commit": version}
+    return {"sizes": plain, "device": device, "torch": torch.__version__, "commit": evidence.commit()}
 
 
 if __name__ == "__main__":

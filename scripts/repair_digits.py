@@ -23,7 +23,7 @@ NAMES = tuple(str(2 * i) for i in range(task.HIDDEN_LAYERS))
 LAST = str(2 * task.HIDDEN_LAYERS)
 DAMAGES = ("90 % pruned", "80 % pruned", "2-bit weights", "unit gain drift", "pixel gain drift")
 NEW_TASKS = ("rotation", "inversion")
-"""Where elementwise growth is the wrong tool."""
+"""Of a network as it was: no damage, but other images."""
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ def _trained(network: nn.Module) -> Masks:
 class Trainer:
     """AdamW on what is trained; on a GPU a step is captured into a CUDA graph, which other rates reuse."""
 
+    captures = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -222,7 +224,7 @@ class Trainer:
         )
         self._begun = [(tensor, tensor.detach().clone()) for tensor in _tensors(network, trained)]
         self._graph: torch.cuda.CUDAGraph | None = None
-        if self.on_gpu:
+        if self.on_gpu and self.captures:
             self._capture()
             self.restart()
 
@@ -367,6 +369,7 @@ def climbed(attempt: Callable[[float], dict[str, Any]], start: float) -> dict[st
         return [value if math.isfinite(value) else math.inf for value in found[rung]["score"]]
 
     best = LADDER.index(start)
+    score(best)
     while True:
         neighbours = [rung for rung in (best + 1, best - 1) if 0 <= rung < len(LADDER) and rung not in found]
         better = next((rung for rung in neighbours if score(rung) < score(best)), None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from growth_report import interval
-from repair_methods import EQUAL, METHODS, OURS
+from repair_methods import EQUAL, LADDER, METHODS, OURS
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -141,8 +141,8 @@ def notes(part: str, section: dict[str, Any]) -> str:
     config, seeds = section["config"], _seeds(section)
     sizes = config["sizes"]
     common = (
-        f"Each method chose its learning rate on held-out data, climbing the same ladder until both neighbours were worse, "
-        f"and had {sizes['steps']} steps of the same batches. "
+        f"Each method chose its learning rate on held-out data, climbing the same ladder ({LADDER[0]:g} to {LADDER[-1]:g}) until "
+        f"both neighbours were worse or the ladder ended, and had {sizes['steps']} steps of the same batches. "
         f"Device {config['device']}, torch {config['torch']}, commit {config['commit']}."
     )
     if part == "digits":

@@ -55,6 +55,10 @@ def test_measuring_networks_that_work_in_place(device):
         kx.calibrate_(model, healthy, inputs(device))
         found.append(kx.credit(model, batches, lambda x, model=model: model(x).square().mean()))
         assert all(map(torch.equal, batches, inputs(device)))
+        asked = [x.clone().requires_grad_(x is not batches[0]) for x in batches]
+        seen = []
+        kx.credit(model, asked, lambda x, model=model: seen.append(x) or model(x * 1).square().mean(), points=1)
+        assert [x.requires_grad for x in seen[:3]] == [False, True, True] and all(x.is_leaf for x in seen)
     assert all(map(torch.equal, found[0].mean, found[1].mean)) and found[0].gain == found[1].gain != 0
 
 
@@ -115,3 +119,39 @@ def test_a_bar_needs_rich(monkeypatch):
     kx.calibrate_(damaged(healthy), healthy, inputs())  # None: it goes without
     with pytest.raises(ImportError, match=r"a progress bar needs rich: pip install kasmina_ext\[demo\]"):
         kx.calibrate_(damaged(healthy), healthy, inputs(), progress=True)
+
+
+class Named(nn.Module):
+    """Returns a dict, as models of transformers do, and has a part that returns none at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+        self.odd = Odd()
+
+    def forward(self, x):
+        return {"y": self.odd(self.inner(x))}
+
+
+class Odd(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x if self.calls == 1 else [x]
+
+
+def test_modules_that_return_no_tensor_are_recorded_only_if_named():
+    model, xs = Named(), [torch.ones(1, 2), torch.zeros(1, 2), torch.ones(1, 2)]
+    recorded = kx.record_activations(model, "*", xs)
+    assert list(recorded) == ["inner", "inner.0", "inner.1"] and {len(calls) for calls in recorded.values()} == {3}
+    for name in ("", ["inner", "odd"]):
+        with pytest.raises(TypeError, match="returned (dict|list); expected a tensor"):
+            kx.record_activations(Named(), name, xs)
+
+
+def test_names_that_look_like_patterns_are_recorded():
+    model = nn.ModuleDict({"a[b]": nn.Linear(2, 2), "ab": nn.Linear(2, 3)})
+    x = torch.ones(1, 2)
+    recorded = kx.record_activations(model, "a[b]", [x], forward=lambda net, x: [each(x) for each in net.values()])
+    assert list(recorded) == ["a[b]", "ab"] and torch.equal(recorded["a[b]"][0], model["a[b]"](x))

@@ -406,6 +406,7 @@ def test_a_controller_or_optimizer_of_something_else_leaves_all_as_it_was(tmp_pa
         ("snapshots", [[], [torch.zeros(1)]], "other banks"),
         ("snapshots", [[], 7], "of other banks"),
         ("budget", 7.5, "budget must be"),
+        ("budget", 2**63, "budget must be"),
         ("layers", {"first": 1}, "is of layers"),
         ("format", 3, "no controller's state"),
     ],

@@ -220,7 +220,7 @@ REFUSED = {
     "functional_dropout": (lambda: grown(Drops(), hidden_dim=8), r"call eval\(\) first"),
     "int8": (lambda: grown(Int8()), "int8: quantised"),
     "float8": (lambda: grown(with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn))), "float8_e4m3fn: quantised"),
-    "quantized": (lambda: grown(quantized()), "Linear: "),
+    "quantized": (lambda: grown(quantized()), "Linear: its weight is packed: quantised"),
     "sparse": (lambda: grown(with_weight(torch.eye(8).to_sparse())), "its weight is sparse"),
     "expanded": (lambda: grown(with_weight(torch.ones(8, 1).expand(8, 8))), "share memory"),
     "parametrized": (lambda: grown(parametrizations.orthogonal(nn.Linear(8, 8))), "weight is parametrized; call"),

@@ -106,6 +106,7 @@ def test_nothing_found_says_what_there_is():
         ((Model(), "*", {"num_seeds": 3}), TypeError, "graft_ has no setting 'num_seeds'; there are alpha_schedule"),
         ((Model(), "*", {"chunking": "odd"}), ValueError, "cannot graft 'embed': chunking must be one of"),
         ((Model(), "*", {"num_blueprints": 1}), ValueError, "cannot graft 'embed': strategy AFFINE takes 2 rows"),
+        ((Model(), "*", {"blueprint_dtype": "float32"}), TypeError, "blueprint_dtype must be a torch.dtype, got str"),
         ((nn.Linear(2, 2), "*"), ValueError, r"  \(model\): it is the model itself: KasminaLayer\(model\) wraps it"),
     ],
 )
@@ -116,6 +117,13 @@ def test_wrong_arguments(arguments, error, message):
     if isinstance(model, nn.Module):
         assert not any(isinstance(module, KasminaLayer) for module in model.modules())
         assert all(flags(model).values())
+
+
+def test_names_that_look_like_patterns():
+    model = nn.ModuleDict({"a[b]": nn.Linear(2, 2), "ab": nn.Linear(2, 2), "c?": nn.Linear(2, 2)})
+    assert list(graft_(model, ["a[b]", "c?"], table=False).layers) == ["a[b]", "ab", "c?"]
+    seeds = graft_(nn.ModuleDict({"a[b]": nn.Linear(2, 2), "[ab": nn.Linear(2, 2)}), ["a[b]", "[ab"], table=False)
+    assert list(seeds.layers) == ["a[b]", "[ab"] and len(seeds["a[b]"]) == 1
 
 
 @given(st.integers(1, 70), st.integers(1, 80))

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections import Counter
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from torch import nn
 
-from kasmina_ext import KasminaLayer, Seeds
+from kasmina_ext import KasminaLayer, Seeds, fold_, unfold_
 from kasmina_ext.lifecycle import ExtendedLifecycle as State
 from kasmina_ext.plots import plot, seed_map
 from kasmina_ext.plots.colors import DARK, LIGHT
@@ -236,8 +237,29 @@ def test_what_cannot_be_plotted_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match=r"kasmina_ext\[plots\]"):
         history.save(tmp_path / "history.safetensors")
+    for arguments, message in (
+        ((Seeds(layer), tmp_path / "map.html"), "history must be a SeedHistory, .* got Seeds"),
+        ((history, tmp_path / "map.html"), "title must be a str, got int"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            plot(*arguments, title=3)
     assert not list(tmp_path.iterdir())
     plot(history, tmp_path / "map.html")  # needs none of them
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf", "html"])
+def test_names_and_titles_of_what_cannot_be_seen(tmp_path, kind):
+    """Halves of surrogates, which fonts and UTF-8 refuse, control characters, which XML refuses, and marks."""
+    nothing = ["\ud800", "\x00\x1b\n", "\u202etxt.exe", "&<$x^{"]
+    blank = torch.zeros(1, len(nothing))
+    layers = dict.fromkeys(nothing, 1)
+    history = SeedHistory(layers, [0], blank.byte(), blank.half(), blank.bfloat16(), blank.bfloat16())
+    content = plot(history, tmp_path / f"map.{kind}", title="".join(nothing)).read_bytes()
+    if kind == "svg":
+        shown = [element.text for element in ElementTree.fromstring(content).iter("{http://www.w3.org/2000/svg}text")]
+        assert {"\ufffd", "\ufffd" * 3, "\ufffdtxt.exe", "&<$x^{"} <= set(shown)
+    elif kind == "html":
+        assert [layer["name"] for layer in json.loads(Elements(content.decode()).texts["page"])["layers"]] == nothing
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -334,6 +356,10 @@ def test_seeds_plot(tmp_path, kind):
     assert path == tmp_path / f"b.{kind}" and path.read_bytes() != first
     if kind == "html":
         assert "5 seeds in 2 layers, 3 snapshots" in path.read_text() and "<title>Mine</title>" in path.read_text()
+    fold_(model)  # there is no layer left, but what was recorded of them
+    assert seeds.plot(tmp_path / f"c.{kind}", title="Mine").read_bytes() == path.read_bytes()
+    unfold_(model)
     model.append(KasminaLayer(nn.Linear(6, 6), num_seeds=2))
+    assert seeds.plot(tmp_path / f"c.{kind}", title="Mine").read_bytes() == path.read_bytes()
     seeds.record(30)
     assert seeds.recorder.layers == {"0": 2, "1": 3, "2": 2} and seeds.recorder.steps == [30]

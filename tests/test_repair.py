@@ -53,6 +53,7 @@ def results(repair, tmp_path_factory) -> Path:
         patch.setattr(repair.digits, "NEW_TASKS", ())
         patch.setattr(repair.gpt, "DAMAGES", ("80 % pruned",))
         run(repair, "digits", folder / "digits", folder / "repair.json", "--seeds", "2")
+        patch.setattr(repair.methods, "LADDER", (1e-2,))
         run(repair, "gpt", folder / "gpt", folder / "repair.json", "--seeds", "1")
     return folder
 
@@ -263,6 +264,9 @@ def test_a_climb_ends_between_worse_neighbours(repair, monkeypatch):
         found = repair.methods.climbed(attempt, 3.0)
         assert found["rate"] == best and len(tried) == len(set(tried))
         assert {best - 1, best + 1} & {1, 2, 3, 4, 5, 6} <= {float(rate) for rate in found["tried"]}
+    monkeypatch.setattr(repair.methods, "LADDER", (3.0,))
+    assert repair.methods.climbed(lambda rate: {"score": [1.0], "rate": rate}, 3.0)["tried"] == {"3.0": [1.0]}
+    monkeypatch.setattr(repair.methods, "LADDER", (2.0, 3.0, 4.0))
     scores = {2.0: math.nan, 3.0: 1.0, 4.0: math.inf}
     assert repair.methods.climbed(lambda rate: {"score": [scores[rate]], "rate": rate}, 3.0)["rate"] == 3.0
 

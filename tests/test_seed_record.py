@@ -123,7 +123,7 @@ def test_credit_stays_while_its_seed_is_grafted():
     nan, tiny = None, torch.tensor(1e-7).bfloat16().item()
     rows = [[None if math.isnan(value) else value for value in row] for row in record.history().credit.tolist()]
     assert rows == [[nan] * 4, [tiny, -2, 3, nan], [tiny, nan, 3, nan], [tiny, nan, 3, nan], [0.5, 0.5, 0.5, nan]]
-    for wrong in ([torch.ones(3)], [torch.ones(4)] * 2, [[1.0] * 4], []):
+    for wrong in ([torch.ones(3)], [torch.ones(4)] * 2, [[1.0] * 4], [], 0.5):
         with pytest.raises(ValueError, match="one tensor"):
             record.take(6, wrong)
     assert record.steps == [1, 2, 3, 4, 5]
@@ -264,7 +264,8 @@ def test_a_history_in_a_file(tmp_path):
     metadata = {"format": "kasmina_ext seed history 1", "layers": '{"a": 12}'}
     save_file(tensors, path, metadata)
     assert SeedHistory.load(path).layers == {"a": 12}
-    wrong += [(tensors, metadata | {"layers": text}) for text in ('{"a": 11}', '{"a": -12}', "[]", "not JSON", "null")]
+    texts = ('{"a": 11}', '{"a": -12}', "[]", "not JSON", "null", "[" * 100_000)
+    wrong += [(tensors, metadata | {"layers": text}) for text in texts]
     for content, about in wrong:
         save_file(content, path, metadata if about is None else about)
         with pytest.raises(ValueError, match="is no seed history"):

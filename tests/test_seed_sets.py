@@ -295,7 +295,7 @@ def test_a_model_that_moves_or_is_cast(device, files):
 def test_layers_that_cannot_be_switched_any_more(files):
     """Nothing is copied, also where only one of them is such."""
     for spoil, reason in (
-        (lambda m: kx.fold_(m), "its base layer has taken its place \\(fold_\\)"),
+        (lambda m: kx.fold_(m), "its base layer has taken its place \\(fold_\\): unfold_ puts it back"),
         (
             lambda m: nn.utils.parametrize.register_parametrization(m[2], "blueprint_weights", nn.Identity()),
             "parametrized",
@@ -309,6 +309,38 @@ def test_layers_that_cannot_be_switched_any_more(files):
         with pytest.raises(RuntimeError, match=f"cannot be switched in layer '[02]': .*{reason}"):
             sets.switch("bert")
         assert everything(model) == before and sets.active == "anna"
+
+
+def test_interrupted_between_two_launches(files, monkeypatch):
+    model, outputs = network(), expected()
+    sets = kx.load_seed_sets(model, files)
+    sets.switch("anna")
+    original, calls = torch._foreach_copy_, []
+
+    def interrupted(into, out_of):
+        calls.append(into)
+        if len(calls) == groups + 2:  # after the first launch of the second copy
+            raise KeyboardInterrupt
+        original(into, out_of)
+
+    groups = len({(tensor.device, tensor.dtype) for tensor in sets._own.tensors})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sets.switch("bert")
+    assert sets.active == "anna" and groups > 1
+    for name in ("anna", "bert", "anna"):
+        sets.switch(name)
+        assert torch.equal(model(inputs()), outputs[name])
+
+
+def test_files_are_named(files):
+    model = network()
+    before = everything(model)
+    for given in ([*files.values()], str(files["anna"])):
+        with pytest.raises(TypeError, match="files must be a dict of the sets' names and their files, got (list|str)"):
+            kx.load_seed_sets(model, given)
+    assert everything(model) == before
 
 
 def test_folded_and_unfolded_again(files):

@@ -43,11 +43,6 @@ struct pair_params {
     double *moments; /* [features, 6] */
 };
 
-int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
-
 plan make_plan(kasmina_layout layout, int multiprocessors)
 {
     plan p = {layout, layout.inner >= PLANE, 0, 0, 0, 0, 0};

@@ -13,6 +13,7 @@ from kasmina_ext import reference
 from kasmina_ext.folding.producers import production_of
 from kasmina_ext.folding.targets import FLOATS, Change, Form, NotFoldable, changes_of, own_tensor
 from kasmina_ext.folding.trial import checked_form
+from kasmina_ext.graftable import plain_of
 from kasmina_ext.layer import KasminaLayer
 
 
@@ -168,14 +169,8 @@ def _row(group: Group, site: Site, names: Mapping[nn.Module, str]) -> dict[str, 
 
 def _skipped(layer: KasminaLayer, reason: str) -> dict[str, Any]:
     unknown = {"changed": 0, "scale": float("nan"), "shift": float("nan"), "bound": float("nan"), "added": ""}
-    kind = type(_unwrapped(layer)).__name__
+    kind = type(plain_of(layer)).__name__
     return {"into": "", "kind": kind, "features": layer.hidden_dim, **unknown, "note": reason, "folded": False}
-
-
-def _unwrapped(layer: nn.Module) -> nn.Module:
-    while isinstance(layer, KasminaLayer):
-        layer = layer._modules["base_layer"]
-    return layer
 
 
 def plan(graph: Graph, *, strict: bool = True, chosen: Mapping[KasminaLayer, Tensor] | None = None) -> Plan:
@@ -193,7 +188,7 @@ def plan(graph: Graph, *, strict: bool = True, chosen: Mapping[KasminaLayer, Ten
         try:
             site = _site(graph, name, layer, chosen, problems)
         except NotFoldable as why:
-            problems[name] = f"{type(_unwrapped(layer)).__name__}: {why}"
+            problems[name] = f"{type(plain_of(layer)).__name__}: {why}"
         else:
             if site.target is None:
                 groups.append(Group(None, [site], [], 0.0))
@@ -219,7 +214,7 @@ def _site(graph: Graph, name: str, layer: KasminaLayer, chosen, problems: Mappin
         raise NotFoldable("a grafted seed's blueprint is not finite")
     if chosen is not None and "blueprint_weights" not in layer._parameters:
         raise NotFoldable("the layer's blueprint_weights is parametrized: its seeds cannot be made neutral")
-    site = Site(name, layer, a, b, type(_unwrapped(base)).__name__, [])
+    site = Site(name, layer, a, b, type(plain_of(base)).__name__, [])
     if not bool(site.changed.any()):
         return site
     for holder, key in graph.holders[layer]:
@@ -299,7 +294,7 @@ def seed_effect(layer: KasminaLayer, dtype: torch.dtype, chosen: Tensor | None =
 
 def _dtype_inside(graph: Graph, layer: KasminaLayer) -> torch.dtype:
     """Of the base layer's weights, so of the activations (but for autocast, which does not compute in float64)."""
-    base = _unwrapped(layer)
+    base = plain_of(layer)
     tensors = chain(base.parameters(), base.buffers())
     inside = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
     return inside or _dtype_of_model(graph, layer) or torch.float32

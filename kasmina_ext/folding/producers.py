@@ -62,6 +62,8 @@ def _inside(block: nn.Module) -> tuple[str, list[nn.Module]]:
         return "base_layer", []
     if kind.__name__ == "OptimizedModule" and "_orig_mod" in block._modules:  # torch.compile's
         return "_orig_mod", []
+    if "_packed_params" in block._modules:  # torch.ao's
+        raise NotFoldable("its weight is packed: quantised")
     if "forward" in vars(block):
         raise NotFoldable("its forward was replaced on the instance, so what makes its output is not known")
     if kind.forward is nn.MultiheadAttention.forward:

@@ -157,12 +157,17 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
     return torch.equal(x.detach().view(integers), y.detach().view(integers))
 
 
+def put_weights_back(record: Record) -> None:
+    """The bits that they had, wherever writing them has come to."""
+    target = None if record.target is None else record.target()
+    if target is not None:
+        revert_changes(target, record.changes, record.originals)
+
+
 def undo(graph: Graph, records: list[Record]) -> None:
     """What :func:`check_records` agreed to, in its order."""
     for record in records:
-        target = None if record.target is None else record.target()
-        if target is not None:
-            revert_changes(target, record.changes, record.originals)
+        put_weights_back(record)
     places = [(place, record) for record in records for place in record.places]
     for place, record in sorted(places, key=lambda pair: -pair[0].number):
         _put_back(graph, place)
