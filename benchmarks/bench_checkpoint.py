@@ -116,18 +116,19 @@ def bench(directory: Path, seeds: int, rounds: int) -> dict:
     result = {name: timing.quantiles(seconds) for name, seconds in times.items()}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     result["MB"] = round(size / 1e6, 1)
-    for name, peer in RATIOS.items():
-        ours = name.removesuffix("_durable")
-        result[f"{name}_times_peer"] = round(result[ours]["p50"] / result[peer]["p50"], 2)
+    for ours, peer in RATIOS:
+        result[f"{ours}_times_{peer}"] = round(result[ours]["p50"] / result[peer]["p50"], 2)
     return result
 
 
-RATIOS = {
-    "save": "peer_save",
-    "save_durable": "peer_save_durable",
-    "load": "peer_load",
-    "load_into_layer": "peer_load_into_layer",
-}
+# The last one gives the peer an advantage: its tensors are in no layer yet, nor read, since load_file maps the file.
+RATIOS = [
+    ("save", "peer_save"),
+    ("save", "peer_save_durable"),
+    ("load", "peer_load"),
+    ("load_into_layer", "peer_load_into_layer"),
+    ("load_into_layer", "peer_load"),
+]
 
 
 def verify(layer: KasminaLayer, other: KasminaLayer, tensors: dict[str, torch.Tensor], path: Path) -> None:

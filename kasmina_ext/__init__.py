@@ -1,4 +1,21 @@
-"""Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains."""
+"""Morphogenetic layers for PyTorch: seeds that grow inside a network while it trains.
+
+==============================  ==========================================================
+graft_, ungraft_                give a model seeds; take them out again
+Seeds                           the handle that graft_ returns: requests, report(), plot()
+GrowthController, param_groups  let seeds grow while you train
+calibrate_                      fit them to an undamaged network instead, without labels
+credit, removal_cost            who helped, and who would be missed
+save_seeds, load_seeds          the seeds alone, in a file of kilobytes
+load_seed_sets                  several such files, to switch between
+fold_, absorb                   put what has grown into the model's weights
+load_state_dict                 whole runs; KasminaLayer.save_checkpoint for a layer's own
+KasminaLayer                    one layer, by hand
+integrations                    callbacks for transformers' Trainer and for Lightning
+==============================  ==========================================================
+
+Functions that end in _ change the model in place. ``python -m kasmina_ext`` says what runs where.
+"""
 
 from kasmina_ext import compat, distributed, flags, ops, reference, telemetry
 from kasmina_ext.activations import record_activations
@@ -97,3 +114,7 @@ __all__ = [
     "ungraft_",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"])

@@ -94,7 +94,7 @@ class Passes:
             stack.enter_context(torch.random.fork_rng(self._cuda))
             self.batches = list(self._given)  # shuffling takes random numbers, too
             if not self.batches:
-                raise ValueError("there are no batches")
+                raise ValueError("there are no batches: the iterable is empty, or a generator that has been used up")
             self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(index) for index in self._cuda]
             for module in {id(module): module for model in self._models for module in model.modules()}.values():
                 self._switch_off(module, "training", stack)

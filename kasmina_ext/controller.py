@@ -83,7 +83,7 @@ class GrowthController:
 
     ValueError for a layer whose bank is parametrized (or flattened by FSDP1): no seed could germinate in
     it. One layer wants one controller: there is a warning where another that is still alive drives it
-    already.
+    already, and one where a share as budget is less than half a seed.
 
     The decisions of a tick are one batch of requests for each layer, judged on the device by the
     rules. The controller ticks in the place of ``layer.step_lifecycle()``: do not call both; alpha
@@ -113,9 +113,10 @@ class GrowthController:
         self._roots = roots_of(layers)
         named = seed_layers(self._roots)
         config = GrowthConfig() if config is None else config
-        unknown = settings.keys() - {field.name for field in dataclasses.fields(config)}
+        known = sorted(field.name for field in dataclasses.fields(config))
+        unknown = sorted(settings.keys() - known)
         if unknown:
-            raise TypeError(f"GrowthController has no setting {sorted(unknown)[0]!r}")
+            raise TypeError(f"GrowthController has no setting {unknown[0]!r}; there are {', '.join(known)}")
         self.config = dataclasses.replace(config, **settings)
         self.names = list(named)
         self.layers = list(named.values())
@@ -143,6 +144,12 @@ class GrowthController:
         self._lives = torch.zeros(self._layout.total, dtype=torch.int32, device=self._layout.device)
         self._random = torch.Generator(self._layout.device)
         self._take_over()
+        if self._budget and self._total_price and not self.budget:
+            warnings.warn(
+                f"nothing can germinate: a budget of {self._budget:g} is none of {self._total_price} "
+                f"{self.config.budget_in}; an integer says how many",
+                stacklevel=2,
+            )
 
     def _check_banks(self) -> None:
         for name, layer in zip(self.names, self.layers, strict=True):
@@ -152,13 +159,19 @@ class GrowthController:
                 raise ValueError(f"layer {name!r} cannot grow: {error}") from None
 
     def _take_over(self) -> None:
-        for name, layer in zip(self.names, self.layers, strict=True):
-            other = _drivers.get(layer)
-            if other is not None and other() is not None:
-                warnings.warn(
-                    f"layer {name!r} is driven by another controller that is still alive: if both go on, it ticks twice",
-                    stacklevel=3,
-                )
+        driven = [
+            name
+            for name, layer in zip(self.names, self.layers, strict=True)
+            if (other := _drivers.get(layer)) is not None and other() is not None
+        ]
+        if driven:
+            more = f" (and {len(driven) - 1} more)" if len(driven) > 1 else ""
+            warnings.warn(
+                f"layer {driven[0]!r}{more} is driven by another controller that is still alive: if both go on, it "
+                "ticks twice",
+                stacklevel=3,
+            )
+        for layer in self.layers:
             _drivers[layer] = ref(self)
 
     # ---- in training -------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def absorb(model: nn.Module | SeedHandle, seeds: SeedIds | Mapping[str, SeedIds]
 def _graph_with_layers(model: nn.Module | SeedHandle) -> Graph:
     graph = Graph(model_of(model))
     if not graph.layers:
-        raise ValueError("there is no KasminaLayer in the model")
+        raise ValueError("there is no KasminaLayer in the model: nothing to fold")
     return graph
 
 

@@ -126,14 +126,13 @@ def graft_(
             before = _freeze(model)
         seeds = Seeds(model)
         seeds.skipped = skipped
-        shown = seeds.table() if table else None
+        if table:
+            seeds.table().show()  # which may fail, too
         undo.pop_all()
     if freeze:
         for module, flags in before.items():
             known = {} if is_first else _required_gradients.get(module, {})
             _required_gradients[module] = flags | known
-    if shown is not None:
-        shown.show()
     return seeds
 
 
@@ -152,7 +151,7 @@ def ungraft_(model: nn.Module | SeedHandle) -> nn.Module:
     model = model_of(model)
     graph = Graph(model)
     if not graph.layers:
-        raise ValueError("there is no KasminaLayer in the model")
+        raise ValueError("there is no KasminaLayer in the model: nothing to ungraft")
     _check_not_wrapped(model, "ungraft")
     for name, layer in graph.layers.items():
         if any(type(holder).__name__ == "OptimizedModule" for holder, _ in graph.holders[layer]):
@@ -305,9 +304,17 @@ def _nothing_found(entry: _Wanted, sites: list[Site]) -> str:
         f"{name}  ({', '.join(f'{count} {kind}' if count > 1 else kind for kind, count in kinds.items())})"
         for name, kinds in groups.items()
     ]
-    inside = next(_wanted(f"{entry.pattern}.*", "which"))
-    hint = f" ({inside.text} finds what is inside of it)" if entry.pattern and any(map(inside.finds, sites)) else ""
+    hint = _near(entry.pattern, sites) if entry.pattern else ""
     return f"{entry.text} finds none of the modules that can have seeds{hint}, which are:\n  " + _lines(known)
+
+
+def _near(pattern: str, sites: list[Site]) -> str:
+    """What may have been meant: the modules inside, or, by a part of a name or a regular expression, a pattern."""
+    inside, part = f"{pattern}.*", pattern.strip(".*^$\\")
+    if any(matches(name, inside) for site in sites for name in site.names):
+        return f" ({inside!r} finds what is inside of it)"
+    found = sum(any(matches(name, f"*{part}*") for name in site.names) for site in sites)
+    return f" (patterns are of whole names: '*{part}*' finds {found})" if part and found else ""
 
 
 def _lines(lines: list[str]) -> str:

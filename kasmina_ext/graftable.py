@@ -160,6 +160,8 @@ def _refused(module: nn.Module) -> str:
         return "it is lazy and not initialized: run the model once"
     if any(is_sharded(tensor) for tensor in tensors):
         return "its parameters are sharded: graft before fully_shard"
+    if any(tensor.is_complex() for tensor in tensors):
+        return "its weights are complex, and seeds are for real activations"
     if hasattr(module, "_hf_hook") and any(tensor.is_meta for tensor in tensors):
         return "accelerate keeps its weights elsewhere between calls: graft a model that fits, or before dispatch_model"
     return ""

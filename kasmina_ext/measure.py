@@ -55,7 +55,7 @@ def seed_layers(layers: Layers) -> dict[str, KasminaLayer]:
             if isinstance(module, KasminaLayer):
                 found[".".join(part for part in (prefix, _plain(name)) if part)] = module
     if not found:
-        raise ValueError("there is no KasminaLayer in layers")
+        raise ValueError("there is no KasminaLayer in what was given: graft_ gives a model seeds")
     return found
 
 

@@ -47,6 +47,8 @@ def param_groups(
     ``betas=(0.9, 0.95)``, with which no step of a steady gradient is much longer than ``lr``.
     """
     roots = list(model.roots.values()) if isinstance(model, SeedHandle) else [model]
+    if not all(isinstance(root, nn.Module) for root in roots):
+        raise TypeError(f"model must be a torch.nn.Module or a handle on seeds, got {type(model).__name__}")
     banks = [each.lasting_bank for root in roots for each in root.modules() if isinstance(each, BlueprintBank)]
     taken = {id(bank) for bank in banks}
     rest = [parameter for root in roots for parameter in root.parameters() if id(parameter) not in taken]

@@ -99,17 +99,26 @@ class Selection:
     def __init__(self, layers: Sequence[KasminaLayer], ids: Tensor) -> None:
         self.ids = ids
         """int64 ``[U]`` on the CPU."""
-        self._home = layers[0].device
+        self._first = layers[0]
         ends = torch.tensor([layer.num_seeds for layer in layers], device="cpu").cumsum(0)
         number = torch.bucketize(ids, ends, right=True)
         order = number.argsort(stable=True)
         counts = torch.bincount(number, minlength=len(layers))
-        self.parts: list[Part] = []
+        self._parts: list[Part] = []
         for index, positions in enumerate(order.split(counts.tolist())):
             if len(positions):
                 layer = layers[index]
                 local = (ids[positions] - (ends[index] - layer.num_seeds)).int()
-                self.parts.append(Part(layer, on_device(layer.device, local), positions))
+                self._parts.append(Part(layer, on_device(layer.device, local), positions))
+
+    @property
+    def parts(self) -> list[Part]:
+        """Layer by layer; where the layers are now."""
+        return [part._replace(local=on_device(part.layer.device, part.local)) for part in self._parts]
+
+    @property
+    def _home(self) -> torch.device:
+        return self._first.device
 
     def __len__(self) -> int:
         return len(self.ids)

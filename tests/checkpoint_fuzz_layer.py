@@ -232,7 +232,9 @@ def same_optimizer(own: dict[str, Any], given: dict[str, Any]) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """To be compared with ==: tensors as dtype, shape and text, NaN as text, tuples as lists."""
+    """To be compared with ==: tensors as dtype, shape and text (an integer as such), NaN as text, tuples as lists."""
+    if isinstance(value, Tensor) and not value.dim() and value.dtype in (torch.int32, torch.int64):
+        return value.item()
     if isinstance(value, Tensor):
         return str(value.dtype), tuple(value.shape), str(value.tolist())
     if isinstance(value, dict):
@@ -292,7 +294,7 @@ def changed_tensor(tensor: Tensor, other: Tensor, generator: random.Random) -> T
         return generator.choice([tensor.T if tensor.dim() == 2 else tensor[None], tensor[..., None], tensor.flatten()])
     if kind == 3 and tensor.dim():
         return generator.choice([tensor[:-1], torch.cat([tensor, tensor[:1]]), tensor[:0], tensor.flip(0)])
-    if kind == 4:
+    if kind == 4 and not tensor.is_complex():
         return tensor.to(generator.choice([torch.float64, torch.int64])) + generator.choice([0.5, 1, -1, 2**33])
     number = generator.choice(_NUMBERS)
     if not tensor.is_floating_point() and not tensor.is_complex():

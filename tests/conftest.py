@@ -42,6 +42,12 @@ def _fixed_seeds() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """An address in a name differs from process to process: they would not agree on what there is to run."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"tests are named by an address: {named}")
+
+
 def pytest_report_header() -> list[str]:
     name = torch.cuda.get_device_name() if HAS_CUDA else "none"
     return [f"torch {torch.__version__}, CUDA device: {name}"]

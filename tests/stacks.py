@@ -203,6 +203,7 @@ class Running:
     rows: list[dict[str, Any]]
     outcome: str = "passed"
     reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class Plugin:
@@ -255,7 +256,10 @@ class Plugin:
             return
         worse = {"passed": 0, "skipped": 1, "failed": 2}
         running.outcome = max(running.outcome, report.outcome, key=worse.__getitem__)
-        if report.skipped and isinstance(report.longrepr, (tuple, list)):
+        if report.skipped and hasattr(report, "wasxfail"):  # known not to work, and said
+            running.outcome = "failed"
+            running.notes.append(report.wasxfail.removeprefix("reason: "))
+        elif report.skipped and isinstance(report.longrepr, (tuple, list)):
             running.reasons.append(report.longrepr[2].removeprefix("Skipped: "))
         if report.when not in ("setup", "call"):  # "???": the worker has crashed
             self._keep(self._running.pop(report.nodeid), report.user_properties)
@@ -265,6 +269,7 @@ class Plugin:
             found = self.found.setdefault((row["row"], row["device"]), Found())
             found.outcomes.append(test.outcome)
             found.reasons += test.reasons
+            found.notes += test.notes
             found.refused = found.refused or row["refused"]
             found.notes.append(row["note"])
             found.packages.update(row["uses"])

@@ -57,7 +57,9 @@ def test_measuring_networks_that_work_in_place(device):
         assert all(map(torch.equal, batches, inputs(device)))
         asked = [x.clone().requires_grad_(x is not batches[0]) for x in batches]
         seen = []
-        kx.credit(model, asked, lambda x, model=model: seen.append(x) or model(x * 1).square().mean(), points=1)
+        kx.credit(
+            model, asked, lambda x, model=model, seen=seen: seen.append(x) or model(x * 1).square().mean(), points=1
+        )
         assert [x.requires_grad for x in seen[:3]] == [False, True, True] and all(x.is_leaf for x in seen)
     assert all(map(torch.equal, found[0].mean, found[1].mean)) and found[0].gain == found[1].gain != 0
 

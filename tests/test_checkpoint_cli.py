@@ -226,6 +226,10 @@ def test_show(capsys, root):
     assert (code, out) == (1, "") and "tensors.safetensors" in err
     code, out, err = run(capsys, "show", root)
     assert code == 1 and "is no checkpoint" in err
+    (root / "seeds.safetensors").write_bytes(b"seeds")
+    for command in ("show", "verify"):
+        code, out, err = run(capsys, command, root / "seeds.safetensors")
+        assert code == 1 and "seeds.safetensors is a file, not a checkpoint" in err
 
 
 # ---- convert -------------------------------------------------------------------------------------

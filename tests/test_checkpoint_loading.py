@@ -173,6 +173,39 @@ class Writing(torch.optim.SGD):
         super().load_state_dict(state_dict)
 
 
+@pytest.mark.parametrize("kind", ["alike", "strided", "of another dtype"])
+@pytest.mark.parametrize("stops_after", range(8))
+def test_an_exchange_is_taken_back_wherever_it_stopped(monkeypatch, kind, stops_after):
+    """An interrupt comes after any copy, or after none."""
+    monkeypatch.setattr(layer_content, "_STEP", 4)
+    dtype = torch.float32 if kind == "of another dtype" else torch.float64
+    own = [torch.arange(n, dtype=dtype) for n in (6, 0, 3)]
+    if kind == "strided":
+        own = [torch.stack([tensor, tensor], 1)[:, 0] for tensor in own]
+    given = [torch.arange(n, dtype=torch.float64) - 10 for n in (6, 0, 3)]
+    before, expected, exchange = [t.clone() for t in own], [t.to(dtype) for t in given], layer_content.Exchange()
+    copy_, calls = torch.Tensor.copy_, iter(range(100))
+
+    def copies(tensor, source):
+        copy_(tensor, source)
+        if next(calls) == stops_after:
+            raise KeyboardInterrupt
+        return tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", copies)
+        try:
+            for one, source in zip(own, given, strict=True):
+                exchange.write(one, source)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert kind != "alike" and stops_after > 2
+            assert all(map(torch.equal, own, expected))
+    exchange.undo()
+    assert all(map(torch.equal, own, before))
+
+
 @pytest.mark.parametrize("who", ["base layer", "optimizer", "interrupt", "layer"])
 def test_what_is_refused_while_it_is_written_is_put_back(tmp_path, who, monkeypatch):
     run = Run()

@@ -265,7 +265,7 @@ def test_models_of_several_processes_are_grafted_before():
         distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("fails", ["building", "freezing", "table"])
+@pytest.mark.parametrize("fails", ["building", "freezing", "table", "printing"])
 def test_all_or_nothing(fails, monkeypatch):
     model = Model()
     model.norm.weight.requires_grad_(False)
@@ -293,9 +293,12 @@ def test_all_or_nothing(fails, monkeypatch):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(graft, "_freeze", freeze_and_stop)
-    else:
+    elif fails == "table":
         calls = [1, 2]
         monkeypatch.setattr(Seeds, "table", third(Seeds.table))
+    else:
+        calls = [1, 2]
+        monkeypatch.setattr("kasmina_ext.seed_tables.GraftTable.show", third(None))
     with pytest.raises(KeyboardInterrupt):
         graft_(model, "*.mlp.*")
     monkeypatch.undo()

@@ -33,7 +33,6 @@ from kasmina_ext import KasminaLayer, Seeds, graft_, ungraft_
         (["head", lambda name, module: name == "embed"], ["embed", "head"]),
         (("head", "head", "he*"), ["head"]),
     ],
-    ids=str,
 )
 def test_what_is_found(which, found):
     model = Model()
@@ -80,6 +79,11 @@ def test_nothing_found_says_what_there_is():
     assert not any(isinstance(module, KasminaLayer) for module in model.modules())
     with pytest.raises(ValueError, match=r"'\*\.mlp' finds .* \('\*\.mlp\.\*' finds what is inside of it\), which are"):
         graft_(model, "*.mlp")
+    for part in ("mlp", "*.mlp.*.", r"^.*\.mlp\..*$"):
+        with pytest.raises(ValueError, match=r"\(patterns are of whole names: '\*mlp\*' finds 4\), which are"):
+            graft_(model, part)
+    with pytest.raises(ValueError, match=r"'\.\*' finds none of the modules that can have seeds, which are"):
+        graft_(model, ".*")
     with pytest.raises(ValueError, match="the predicate finds none"):
         graft_(model, lambda name, module: False)
     with pytest.raises(ValueError, match="finds nothing: there is no module in the model that can have seeds"):
@@ -186,6 +190,7 @@ def test_parts_of_a_model_that_are_no_places_for_layers():
     model = nn.ModuleDict(
         {
             "lazy": nn.LazyLinear(4),
+            "complex": nn.Linear(4, 4, dtype=torch.complex64),
             "script": torch.jit.script(nn.Sequential(nn.Linear(4, 4))),
             "parametrized": nn.Linear(4, 6),
             "compiled": torch.compile(nn.Linear(4, 4), backend="eager"),
@@ -196,6 +201,7 @@ def test_parts_of_a_model_that_are_no_places_for_layers():
     assert list(seeds.layers) == ["parametrized"]
     assert seeds.skipped == {
         "lazy": "it is lazy and not initialized: run the model once",
+        "complex": "its weights are complex, and seeds are for real activations",
         "compiled": "it was compiled by itself: graft first, then compile",
     }
     with pytest.raises(ValueError, match="cannot graft 'lazy': it is lazy"):

@@ -52,7 +52,7 @@ def test_a_state_of_another_controller_is_refused():
     run = Run()
     run.step(5)
     saved, before = run.control.state_dict(), run.control.state_dict()
-    other = GrowthController(Run().model.first)
+    other = GrowthController(Run().model.first, budget=1)
     with pytest.raises(ValueError, match="the state is of layers"):
         other.load_state_dict(saved)
     for wrong in ({}, saved | {"format": 0}):

@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -322,6 +323,14 @@ def test_a_large_page_stays_small():
     assert len(text) < 5_000_000
     assert json.loads(Elements(text).texts["page"])["block"] > 1
     assert len(page(history_of([4], 2))) < 60_000
+
+
+def test_the_page_that_describes_it(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "plots.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"seeds.html", "seeds.safetensors", "seeds.png"}
 
 
 def test_the_documented_picture_is_made(tmp_path, capsys):

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_its_code_runs_and_grafting_changes_no_bit(capsys, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    network, graft, growth, ship, by_hand, checkpoints = blocks
+    network, graft, growth, ship, calibration, by_hand, checkpoints = blocks
     names: dict = {}
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -34,6 +34,9 @@ def test_its_code_runs_and_grafting_changes_no_bit(capsys, tmp_path, monkeypatch
     assert torch.allclose(names["plain"](x), grown, rtol=1e-4, atol=1e-4)
     assert not any(type(module).__module__.startswith("kasmina_ext") for module in names["plain"].modules())
     assert 0 < (tmp_path / "anna.safetensors").stat().st_size < 8192
+    exec(calibration, names)
+    right = {name: (names[name](names["x"]).argmax(1) == names["y"]).float().mean() for name in ("healthy", "damaged")}
+    assert right["healthy"] == 1 and right["damaged"] > 0.8 and "explained variance" in capsys.readouterr().out
     exec(by_hand, names)
     printed = capsys.readouterr().out
     assert "SEED_OUT_OF_RANGE" in printed and "true gain" in printed

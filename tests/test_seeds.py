@@ -298,7 +298,7 @@ def test_verdicts_in_words():
     assert (
         str(verdicts)
         == repr(verdicts)
-        == ("APPLIED: 2 seeds, 0, 2\nILLEGAL_TRANSITION (the rules have no such transition): 1 seed, 1")
+        == ("APPLIED: 2 seeds, 0, 2\nILLEGAL_TRANSITION (the rules have no such transition from its state): 1 seed, 1")
     )
     assert verdicts[1] is Verdict.ILLEGAL_TRANSITION and verdicts[0:2] == [Verdict.APPLIED, Verdict.ILLEGAL_TRANSITION]
     assert verdicts.codes.tolist() == [0, 2, 0] and verdicts.ids.tolist() == [0, 1, 2]

@@ -23,7 +23,7 @@ def test_numbers_beyond_any_tensor(number):
         seeds[number]
 
 
-@pytest.mark.parametrize("kind", [list, tuple, iter, torch.tensor, lambda values: (value for value in values)], ids=str)
+@pytest.mark.parametrize("kind", [list, tuple, iter, torch.tensor, lambda values: (value for value in values)])
 def test_one_alpha_for_each(kind):
     _, seeds = two_layers()
     values = [0.0, 0.25, 0.5, 0.75, 1.0, 0.125]
@@ -43,7 +43,6 @@ def test_one_alpha_for_each(kind):
         ({"rules": TransitionRules}, TypeError, "rules must be TransitionRules, .* got type"),
         ({"rules": torch.zeros(11, 11)}, TypeError, "rules must be TransitionRules, .* got Tensor"),
     ],
-    ids=str,
 )
 def test_what_is_none_changes_nothing(settings, error, message):
     model, seeds = two_layers()
@@ -64,6 +63,17 @@ def test_a_strategy_s_number_is_judged_and_its_name_is_read():
     verdicts = seeds[:].germinate([9, -1, *GraftingStrategy])
     assert list(verdicts) == [Verdict.STRATEGY_OUT_OF_RANGE] * 2 + [Verdict.APPLIED] * 4
     assert seeds[:].state.tolist() == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_selection_follows_a_model_that_moves(device):
+    model, seeds = two_layers()
+    chosen = seeds[[5, 0, 2]]
+    model.to(device)
+    verdicts = chosen.germinate(alpha=[0.5, 0.25, 1.0])
+    assert verdicts and verdicts.codes.device == chosen.state.device == model[0].device
+    assert chosen.alpha.tolist() == [0.5, 0.25, 1.0] and chosen.state.tolist() == [1, 1, 1]
+    model.to("meta")
+    assert {part.local.device.type for part in chosen.parts} == {chosen.cull().codes.device.type} == {"meta"}
 
 
 @pytest.mark.parametrize("away", [fold_, ungraft_])

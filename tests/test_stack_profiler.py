@@ -69,7 +69,7 @@ def test_kernels_on_the_gpu():
         use_every_operator(net)
         torch.cuda.synchronize()
     on_gpu = {event.name for event in profiled.events() if event.device_type == torch.autograd.DeviceType.CUDA}
-    for kernel in ("forward_kernel", "backward_kernel", "step_seeds", "judge_requests", "reduce_kernel"):
+    for kernel in ("forward_kernel", "backward_kernel", "step_seeds", "settle_seeds", "reduce_kernel"):
         assert any(kernel in name for name in on_gpu), f"{kernel} is not among {sorted(on_gpu)}"
 
 

@@ -92,6 +92,18 @@ def test_a_crash_is_a_failure(pytester, monkeypatch):
     assert [table[name]["cpu"]["result"] for name in (FIRST, SECOND)] == ["fails", "works"]
 
 
+def test_a_known_failure_is_a_failure_with_its_reason(pytester, monkeypatch):
+    path = pytester.path / "stacks.json"
+    monkeypatch.setenv(stacks.VARIABLE, str(path))
+    monkeypatch.setattr(stacks, "versions", lambda device, packages: {"torch": "9"})
+    pytester.makeconftest(CONFTEST)
+    body = f"@pytest.mark.stack({FIRST!r})\ndef test_it():\n    pytest.xfail('the loader crashes')\n"
+    pytester.makepyfile(f"import pytest\n\n{body}")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(xfailed=1)
+    entry = json.loads(path.read_text())[FIRST]["cpu"]
+    assert (entry["result"], entry["note"]) == ("fails", "the loader crashes")
+
+
 def test_another_machines_results_are_kept_if_they_are_of_the_same_sources(pytester, monkeypatch):
     there = {"result": "works", "tests": 4, "versions": {"torch": "8"}, "note": "", "source": "now"}
     before, third = there | {"source": "before"}, stacks.NAMES[2]

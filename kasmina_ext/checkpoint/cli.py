@@ -226,6 +226,8 @@ def _split(path: Path) -> tuple[Path, str | None]:
         return path.parent, path.name
     if path.is_dir():
         return path, None
+    if path.exists():
+        raise _Missing(f"{path} is a file, not a checkpoint, which is a directory (seed files: kasmina_ext.load_seeds)")
     raise _Missing(f"there is no checkpoint and no directory {path}")
 
 

@@ -280,7 +280,8 @@ def apply(
 
     All or nothing: where one of them refuses it after all, :class:`CheckpointMismatch`, and all is as it was.
     """
-    undo, part = [undo_of_layer(layer, content["base"] is not None)], "layer"
+    exchange = Exchange()
+    undo, part = [undo_of_layer(layer, content["base"] is not None, with_buffers=False), exchange.undo], "layer"
     if controller is not None:
         undo.append(_undo_of_controller(controller))
     if optimizer is not None:
@@ -297,7 +298,7 @@ def apply(
             base = layer._modules["base_layer"]
             base.load_state_dict(renamed_for(base, content["base"]))
         part = "layer"
-        write_layer(layer, content["layer"])
+        write_layer(layer, content["layer"], exchange.write)
     except BaseException as error:
         for put_back in undo:
             put_back()
@@ -306,10 +307,12 @@ def apply(
         raise CheckpointMismatch(f"the checkpoint does not fit the {part}: {error}") from error
 
 
-def undo_of_layer(layer: KasminaLayer, with_base: bool) -> Callable[[], None]:
-    """What puts back all that :func:`write_layer` writes and, with its base, the base layer."""
+def undo_of_layer(layer: KasminaLayer, with_base: bool, with_buffers: bool = True) -> Callable[[], None]:
+    """What puts back all that :func:`write_layer` writes and, with its base, the base layer. Without buffers: an
+    :class:`Exchange` keeps these.
+    """
     base, loaded = layer._modules["base_layer"], layer._loaded_history_count
-    own = [*(layer._buffers[name] for name in layer.BUFFER_DTYPES), layer.blueprint_weights]
+    own = [*((layer._buffers[name] for name in layer.BUFFER_DTYPES) if with_buffers else ()), layer.blueprint_weights]
     if layer.lasting_bank is not layer.blueprint_weights:
         own.append(layer.lasting_bank)
     kept = [(tensor, tensor.detach().clone()) for tensor in own]
@@ -341,10 +344,44 @@ def _undo_of_controller(controller: GrowthController) -> Callable[[], None]:
     return undo
 
 
-def write_layer(layer: KasminaLayer, tensors: Mapping[str, Tensor]) -> None:
-    """All of the layer's own tensors, in place."""
+class Exchange:
+    """Writes tensors into others so that it can be taken back. What was there goes where the new values came from, where
+    that is alike: in a large layer new memory costs more than all the rest of loading.
+    """
+
+    def __init__(self) -> None:
+        self._written: list[tuple[Tensor, Tensor]] = []
+
+    def write(self, own: Tensor, given: Tensor) -> None:
+        plain = all(tensor.is_cpu and tensor.is_contiguous() for tensor in (own, given))
+        if not plain or own.dtype != given.dtype:
+            self._written.append((own, own.clone()))
+            own.copy_(given)
+            return
+        step = own.new_empty(min(own.numel(), _STEP))
+        for here, there in zip(own.view(-1).split(_STEP), given.view(-1).split(_STEP), strict=True):
+            kept = step[: here.numel()].copy_(here)
+            try:  # an interrupt may come after any call
+                self._written.append((here, there))
+                here.copy_(there)
+            finally:
+                there.copy_(kept)
+
+    def undo(self) -> None:
+        with torch.no_grad():
+            for own, kept in self._written:
+                own.copy_(kept)
+
+
+_STEP = 32_000  # numbers: they stay in a core's cache, and torch asks no other thread for so few
+
+
+def write_layer(
+    layer: KasminaLayer, tensors: Mapping[str, Tensor], write: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
+    """All of the layer's own tensors, in place; ``write`` writes each buffer."""
     with torch.no_grad():
         for name in layer.BUFFER_DTYPES:
-            layer._buffers[name].copy_(tensors[name])
+            write(layer._buffers[name], tensors[name])
     layer._write_bank(None, tensors[_BANK])
     layer._mark_loaded()

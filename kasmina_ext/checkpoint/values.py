@@ -80,8 +80,7 @@ def _offsets_problem(layer: KasminaLayer, value: Tensor) -> str | None:
 
 
 def _telemetry_problem(layer: KasminaLayer, value: Tensor) -> str | None:
-    value = _comparable(value)
-    extremes = torch.stack((value.amin(0), value.amax(0)))
+    extremes = torch.stack(_comparable(value).aminmax(dim=0))
     counts = extremes[:, [TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]]
     least, greatest = counts[0].amin().item(), counts[1].amax().item()
     if least >= 0 and greatest < math.inf:
