@@ -61,8 +61,10 @@ def problem_of_vector(value: Any, num_seeds: int, low: int, high: int) -> str | 
 
 
 def _state_problem(layer: KasminaLayer, value: Tensor) -> str | None:
+    value = _comparable(value)
+    extremes = torch.stack((value.amin(1), value.amax(1)), 1).cpu()  # all rows at once: a device is waited for once
     for variable in StateVar:
-        problem = _outside(*state_range(variable, layer.num_blueprints), value[variable])
+        problem = _outside(*state_range(variable, layer.num_blueprints), extremes[variable])
         if problem is not None:
             return f"{problem} as {variable.name}"
     return None
@@ -83,7 +85,8 @@ def _telemetry_problem(layer: KasminaLayer, value: Tensor) -> str | None:
     extremes = torch.stack(_comparable(value).aminmax(dim=0))
     counts = extremes[:, [TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]]
     least, greatest = counts[0].amin().item(), counts[1].amax().item()
-    if least >= 0 and greatest < math.inf:
+    overflows = value.dtype.itemsize < 4  # a state dict that was cast: counts beyond 65504 became infinite
+    if least >= 0 and (greatest < math.inf or overflows):
         return None
     return f"must be in [0, inf), got {greatest if least >= 0 else least} in a count"
 
