@@ -15,11 +15,16 @@ endif
 
 C_FILES := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cpp')
 
-.PHONY: help setup build test demo growth check bench gpu-check clean
+STACKS := benchmarks/results/stacks.json
+
+# Of the tests, one thread each. More than two pay off where there is memory: each takes 1.5 GB.
+TEST_PROCESSES ?= 2
+
+.PHONY: help setup build test stacks stacks-table demo growth repair check bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMPS)/stamp-setup ## make .venv with torch and everything that tests, demo and checks need
 
@@ -28,13 +33,22 @@ build: setup ## compile the extension in place (only what changed) and install t
 	@$(MAKE) -s --no-print-directory $(STAMPS)/stamp-install
 
 test: build ## run all tests
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) $(ARGS)
+
+stacks: build ## run the tests that prove what works where, into benchmarks/results/stacks.json and the README's table
+	@KASMINA_STACKS=$(STACKS) $(PY) -m pytest -m stack $(ARGS); code=$$?; $(PY) scripts/render_stacks.py && exit $$code
+
+stacks-table: setup ## merge what other machines found (FOUND="gpu/stacks.json", of the same sources) and write the README's table
+	$(PY) scripts/render_stacks.py $(FOUND)
 
 demo: build ## watch a damaged network grow back (ARGS="--help" lists its options)
 	$(PY) scripts/demo.py $(ARGS)
 
 growth: build ## measure if growth earns its keep: where to grow, what to cull, who helped (minutes; ARGS="--help")
 	$(PY) scripts/growth.py $(ARGS)
+
+repair: build ## repair damaged networks, with and without seeds (ARGS="digits" minutes; "gpt" wants a GPU; "render"; "--help")
+	$(PY) scripts/repair.py $(or $(ARGS),digits)
 
 check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, formats, and the CPU kernels under address and undefined-behaviour sanitizers
 	$(BIN)ruff check .
@@ -46,7 +60,7 @@ check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, for
 bench: build ## run the benchmarks into benchmarks/results
 	@for script in benchmarks/bench_*.py; do echo "$$script" && $(PY) "$$script" $(ARGS) || exit; done
 
-gpu-check: ## on a machine with a GPU: build, all tests, compute-sanitizer; results in benchmarks/results/gpu_check.json
+gpu-check: ## on a machine with a GPU: build, all tests, compute-sanitizer; results in gpu_check.json and stacks.json of benchmarks/results
 	@if [ -x "$(PY)" ]; then python="$(PY)"; else python="$(PYTHON)"; fi; "$$python" scripts/gpu_check.py $(ARGS)
 
 clean: ## remove everything that was built, but for .venv
@@ -72,7 +86,7 @@ SANITIZED := $(wildcard csrc/cpu/*.c tests/sanitize/*.c)
 SANITIZE := -std=c11 -g -O1 -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread -Icsrc \
     -fsanitize=address,undefined -fno-sanitize-recover=all
 
-# With the instruction sets of this machine, and with the baseline that any other would run.
+# With the instruction sets of this machine, and with the baseline that any other would run, where every result is streamed.
 build/sanitize/kernels build/sanitize/kernels-baseline: $(SANITIZED) $(wildcard csrc/*.h csrc/cpu/*.h tests/sanitize/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(SANITIZE) $(if $(findstring baseline,$@),-DKASMINA_NO_CLONES) $(SANITIZED) -lm -o $@
+	$(CC) $(SANITIZE) $(if $(findstring baseline,$@),-DKASMINA_NO_CLONES -DKASMINA_STREAM_BYTES=1) $(SANITIZED) -lm -o $@

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import peers
 import torch
-from timing import Case, eager_time, make_data, run, timed
+from results import Row, run
+from timing import timed
+from workload import Case, Truth, make_data
 
-from kasmina_ext import ops, reference
+from kasmina_ext import ops
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+CASES = {
+    "cpu": [Case(64, 1024, 64, SINGLE), Case(2048, 1024, 128, HALF), Case(8192, 4096, 512, SINGLE)],
+    "cuda": [
+        Case(8192, 4096, 512, HALF, "64 MiB"),
+        Case(16384, 8192, 1024, HALF, "256 MiB"),
+        Case(16384, 4096, 1024, SINGLE, "256 MiB"),
+    ],
+}
 
 
-def bench(case: Case, device: str) -> dict:
-    data = make_data(case, device)
+def bench(case: Case, device: str) -> Row:
+    data = make_data(case, device, tensors=3)
     grads = [torch.randn_like(d.x) for d in data]
-    first = data[0]
-    expected = reference.chunked_backward(grads[0], first.x, *first.seeds, first.grad_telemetry, True, True, True)
-    got = ops.chunked_backward(grads[0], first.x, *first.seeds, first.grad_telemetry, True, True, True)
-    if not torch.equal(got[0], expected[0]):
-        raise SystemExit(f"{case.name}: dx is wrong, so there is nothing to time")
+    first, truth = data[0], Truth.of(data[0])
 
-    def backward(backend, d, g):
-        return lambda: backend.chunked_backward(g, d.x, *d.seeds, d.grad_telemetry, True, True, True)
+    def ours(d, grad):
+        return lambda: ops.chunked_backward(grad, d.x, *d.seeds, d.grad_telemetry, True, True, True)
 
-    copy = [d.x.clone for d in data]  # allocates its result, as the operators do
-    compiled = [backward(ops, d, g) for d, g in zip(data, grads, strict=True)]
-    result = {"copy": timed(copy, device), "backward": timed(compiled, device)}
-    result["reference_eager"] = eager_time(backward(reference, first, grads[0]), device, count=3)
-    result["backward_eager"] = eager_time(compiled[0], device)
-    # A copy moves two tensors, the backward three.
-    result["times_copy_of_its_bytes"] = round(result["backward"]["p50"] / (1.5 * result["copy"]["p50"]), 2)
-    result["GB_per_s"] = round(3 * case.bytes / result["backward"]["p50"] / 1e3, 1)
-    return result
+    got = ours(first, grads[0])()
+    truth.check_backward("kasmina_ext", grads[0], got[0])
+    peer = peers.compiled_backward(case, first)
+    answer = peer(grads[0], first.x)
+    truth.check_backward("torch.compile", grads[0], answer[0])
+    if not torch.allclose(got[2].float(), answer[2], rtol=1e-2, atol=1e-2 * answer[2].abs().max().item()):
+        raise SystemExit(f"{case.name}: dalpha differs from the peer's, so there is nothing to time")
+    times = timed(
+        {
+            "copy": [d.x.clone for d in data],
+            "kasmina_ext": [ours(d, g) for d, g in zip(data, grads, strict=True)],
+            "torch.compile": [lambda d=d, g=g: peer(g, d.x) for d, g in zip(data, grads, strict=True)],
+        },
+        device,
+    )
+    ours_of_copy = times["kasmina_ext"]["p50"] / times["copy"]["p50"]
+    return {
+        "case": case.name,
+        "bytes": 3 * case.bytes,
+        "gpu" if device == "cuda" else "cpu": times,
+        "share of copy speed": {
+            name: round((1 if name == "copy" else 1.5) * times["copy"]["p50"] / t["p50"], 4)
+            for name, t in times.items()
+        },
+        "times copy of its bytes": round(ours_of_copy / 1.5, 4),
+        "times best": round(times["kasmina_ext"]["p50"] / times["torch.compile"]["p50"], 4),
+    }
 
 
 if __name__ == "__main__":
-    run("bench_chunked_backward", __doc__, bench)
+    run("bench_chunked_backward", __doc__, CASES, bench)

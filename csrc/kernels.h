@@ -21,6 +21,15 @@ typedef enum { KASMINA_FLOAT32, KASMINA_FLOAT64, KASMINA_BFLOAT16, KASMINA_FLOAT
 enum { KASMINA_COUNT, KASMINA_MEAN, KASMINA_M2, KASMINA_BATCHES, KASMINA_NONFINITE, KASMINA_TELEMETRY_COLUMNS };
 enum { KASMINA_SUM_U2, KASMINA_SUM_V2, KASMINA_BACKWARDS, KASMINA_GRAD_TELEMETRY_COLUMNS };
 enum { KASMINA_REDUCED_COLUMNS = 3 };
+enum {
+    KASMINA_PAIR_COUNT,
+    KASMINA_PAIR_MEAN_X,
+    KASMINA_PAIR_MEAN_T,
+    KASMINA_PAIR_M2_X,
+    KASMINA_PAIR_M2_T,
+    KASMINA_PAIR_C_XT,
+    KASMINA_PAIR_COLUMNS
+};
 
 /* A dense tensor seen as a row-major array [outer, features, inner]: inner is 1 where features come last in memory. */
 typedef struct {
@@ -137,10 +146,24 @@ typedef struct {
     void *workspace; /* kasmina_reconstruction_workspace_*() bytes */
 } kasmina_reconstruction_args;
 
+/*
+ * Per feature, over all pairs (x, target) of finite numbers: count, means, sums of squared deviations and of their products,
+ * joined into `moments` by Chan's formula. x and target share the layout.
+ */
+typedef struct {
+    kasmina_layout layout;
+    kasmina_dtype dtype;
+    const void *x;
+    const void *target;
+    double *moments; /* [features, 6] */
+    void *workspace; /* kasmina_pair_moments_workspace_*() bytes */
+} kasmina_pair_moments_args;
+
 /* Bytes of workspace that a call with these arguments needs (pointers but for NULL-ness are not looked at). */
 size_t kasmina_forward_workspace_cpu(const kasmina_forward_args *args);
 size_t kasmina_backward_workspace_cpu(const kasmina_backward_args *args);
 size_t kasmina_reconstruction_workspace_cpu(const kasmina_reconstruction_args *args);
+size_t kasmina_pair_moments_workspace_cpu(const kasmina_pair_moments_args *args);
 
 int kasmina_chunked_forward_cpu(const kasmina_forward_args *args);
 int kasmina_chunked_backward_cpu(const kasmina_backward_args *args);
@@ -149,11 +172,13 @@ int kasmina_telemetry_merge_cpu(const kasmina_telemetry_merge_args *args);
 int kasmina_state_update_cpu(const kasmina_state_update_args *args);
 int kasmina_lifecycle_step_cpu(const kasmina_lifecycle_step_args *args);
 int kasmina_reconstruction_cpu(const kasmina_reconstruction_args *args);
+int kasmina_pair_moments_cpu(const kasmina_pair_moments_args *args);
 
 /* The CUDA twins ask the current device for its size, so the device must be set before either call. */
 size_t kasmina_forward_workspace_cuda(const kasmina_forward_args *args);
 size_t kasmina_backward_workspace_cuda(const kasmina_backward_args *args);
 size_t kasmina_reconstruction_workspace_cuda(const kasmina_reconstruction_args *args);
+size_t kasmina_pair_moments_workspace_cuda(const kasmina_pair_moments_args *args);
 
 int kasmina_chunked_forward_cuda(const kasmina_forward_args *args, void *stream);
 int kasmina_chunked_backward_cuda(const kasmina_backward_args *args, void *stream);
@@ -162,6 +187,7 @@ int kasmina_telemetry_merge_cuda(const kasmina_telemetry_merge_args *args, void 
 int kasmina_state_update_cuda(const kasmina_state_update_args *args, void *stream);
 int kasmina_lifecycle_step_cuda(const kasmina_lifecycle_step_args *args, void *stream);
 int kasmina_reconstruction_cuda(const kasmina_reconstruction_args *args, void *stream);
+int kasmina_pair_moments_cuda(const kasmina_pair_moments_args *args, void *stream);
 
 /* cudaGetErrorString; `code` is what a launcher returned. */
 const char *kasmina_cuda_error_string(int code);

@@ -97,15 +97,12 @@ KASMINA_FN void kasmina_apply(const kasmina_state_update_args *args, int64_t see
         *kasmina_state_cell(state, n, seed, KASMINA_GRAFTING_STRATEGY) = values[KASMINA_VALUE_STRATEGY];
 }
 
-/* Judge request u, apply it if it is good, and return the verdict. `winner` holds the last request for each seed. */
-KASMINA_FN int32_t kasmina_consider(const kasmina_state_update_args *args, int64_t u)
+/* Judge request u, the last for an existing seed; apply it if it is good, and return the verdict. */
+KASMINA_FN int32_t kasmina_settle(const kasmina_state_update_args *args, int64_t seed, const int32_t *values,
+                                  int32_t mask)
 {
-    const int64_t seed = args->seed_ids[u];
-    const int32_t *values = args->values + u * KASMINA_VALUES;
-    if (seed < 0 || seed >= args->num_seeds) return KASMINA_SEED_OUT_OF_RANGE;
-    if (args->winner[seed] != u) return KASMINA_SUPERSEDED;
-    kasmina_verdict verdict = kasmina_judge(args, seed, values, args->mask[u]);
-    if (verdict == KASMINA_APPLIED) kasmina_apply(args, seed, values, args->mask[u]);
+    kasmina_verdict verdict = kasmina_judge(args, seed, values, mask);
+    if (verdict == KASMINA_APPLIED) kasmina_apply(args, seed, values, mask);
     return verdict;
 }
 

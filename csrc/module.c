@@ -21,6 +21,7 @@ static const struct {
     {"lifecycle_step", KASMINA_SCHEMA_LIFECYCLE_STEP, kasmina_lifecycle_step},
     {"reconstruction_loss", KASMINA_SCHEMA_RECONSTRUCTION_LOSS, kasmina_reconstruction_loss},
     {"reconstruction_loss_backward", KASMINA_SCHEMA_RECONSTRUCTION_LOSS_BACKWARD, kasmina_reconstruction_loss_backward},
+    {"pair_moments", KASMINA_SCHEMA_PAIR_MOMENTS, kasmina_pair_moments},
 };
 enum { NUM_OPERATORS = sizeof operators / sizeof *operators };
 

@@ -55,4 +55,7 @@
     "reconstruction_loss_backward(Tensor grad_loss, Tensor x, Tensor target, " \
     "Tensor seed_offsets, Tensor state, Tensor blueprint_weights) -> Tensor"
 
+/* Moments of pairs per feature: moments float64 [H, 6] (count, means of x and t, M2 of each, C); t like x. */
+#define KASMINA_SCHEMA_PAIR_MOMENTS "pair_moments(Tensor x, Tensor t, Tensor(a!) moments) -> ()"
+
 #endif

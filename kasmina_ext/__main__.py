@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +17,20 @@ import torch
 
 import kasmina_ext
 from kasmina_ext import _native, flags
+from kasmina_ext.checkpoint import cli
+
+PACKAGES = ("numpy", "triton", "safetensors", "transformers", "accelerate", "peft", "lightning")
+SETTINGS = (
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "CUDA_MODULE_LOADING",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TORCH_LOGS",
+    "TORCH_COMPILE_DISABLE",
+    "OMP_NUM_THREADS",
+)
+"""Environment variables that change what is run, or how."""
 
 
 def collect() -> dict[str, Any]:
@@ -28,6 +44,8 @@ def collect() -> dict[str, Any]:
             "driver_cuda": _attempt(_driver_version),
             "platform": platform.platform(),
         },
+        "packages": {name: _attempt(lambda name=name: _package_version(name)) for name in PACKAGES},
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "module": {
             "loaded": _native.available,
             "reason": _native.reason,
@@ -52,8 +70,22 @@ def _attempt(probe: Callable[[], Any]) -> Any:
 def _driver_version() -> str:
     if torch.version.cuda is None:
         return "none (this torch has no CUDA)"
-    version = torch._C._cuda_getDriverVersion()
-    return f"{version // 1000}.{version % 1000 // 10}" if version else "none (no driver)"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")  # which is the driver's; torch does not tell its version any more
+    except OSError:
+        return "none (no driver)"
+    version = ctypes.c_int()
+    code = driver.cuDriverGetVersion(ctypes.byref(version))
+    if code:
+        raise RuntimeError(f"cuDriverGetVersion returned {code}")
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def _package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -108,6 +140,8 @@ def _sections(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     [(variable, value)] = flag["environment"].items()
     return [
         ("versions", list(facts["versions"].items())),
+        ("packages", list(facts["packages"].items())),
+        *([("environment", list(facts["settings"].items()))] if facts["settings"] else []),
         (
             "compiled module",
             [
@@ -182,10 +216,11 @@ def environment_command(arguments: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Without a command: the environment report."""
+    """Without a tool: the environment report."""
     parser = argparse.ArgumentParser(prog="python -m kasmina_ext", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.set_defaults(run=environment_command)
+    cli.add_to(parser.add_subparsers(title="tools", metavar="tool"))
     return parser
 
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from kasmina_ext import flags, ops, reference, reference_lifecycle
+from kasmina_ext import flags, ops, reference, reference_calibration, reference_lifecycle
 
 
 def blend_ops(device: torch.device, dtype: torch.dtype, enabled: bool = True) -> ModuleType:
@@ -17,3 +17,8 @@ def blend_ops(device: torch.device, dtype: torch.dtype, enabled: bool = True) ->
 def lifecycle_ops(device: torch.device, enabled: bool = True) -> ModuleType:
     """Home of ``state_update`` and ``lifecycle_step``."""
     return ops if enabled and flags.triton_kernels and flags.has_kernel(device, torch.float32) else reference_lifecycle
+
+
+def calibration_ops(device: torch.device, dtype: torch.dtype, enabled: bool = True) -> ModuleType:
+    """Home of ``pair_moments`` for activations of this device and dtype."""
+    return ops if enabled and flags.triton_kernels and flags.has_kernel(device, dtype) else reference_calibration

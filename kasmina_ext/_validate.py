@@ -217,6 +217,16 @@ def lifecycle_step(state, history, history_count, alpha, schedule: int) -> None:
         _fail(op, "schedule", "be 0 (none), 1 (linear), 2 (cosine) or 3 (sigmoid)", schedule)
 
 
+def pair_moments(x, t, moments) -> None:
+    op = "pair_moments"
+    _expect_activations(op, "x", x)
+    _expect_like_x(op, "t", t, x)
+    _expect_dtype(op, "moments", moments, torch.float64)
+    _expect_device(op, "moments", moments, "x", x.device)
+    _expect_shape(op, "moments", moments, (x.size(-1), 6), "[H, 6]")
+    _expect_contiguous(op, "moments", moments)
+
+
 def reconstruction_loss(x, target, seed_offsets, state, blueprint_weights, op: str = "reconstruction_loss") -> None:
     _expect_activations(op, "x", x)
     _expect_like_x(op, "target", target, x)

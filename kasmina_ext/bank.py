@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from kasmina_ext import reference
 from kasmina_ext._dispatch import blend_ops
 from kasmina_ext.grafting import GraftingStrategy
+from kasmina_ext.placement import gathered, is_sharded, whole, write
 from kasmina_ext.seed_arguments import SeedIds, on_device
 from kasmina_ext.state import ExtendedStateTensor
 from kasmina_ext.state_layout import StateVar
@@ -20,6 +22,10 @@ from kasmina_ext.telemetry import TelemetryColumn
 
 # Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
 _MULTIPLICATIVE, _ADDITIVE, _MIXED, _AFFINE = map(int, GraftingStrategy)
+
+# The shards that FSDP2 keeps of a layer's bank while the gathered one stands in its place. Not in the layer: it can be
+# pickled and copied, this cannot.
+_shards: WeakKeyDictionary[BlueprintBank, ReferenceType[Tensor]] = WeakKeyDictionary()
 
 
 class BlueprintBank:
@@ -33,12 +39,40 @@ class BlueprintBank:
     blueprint_weights: Tensor
     extended_state: ExtendedStateTensor
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """FSDP2 puts the gathered bank in place of its shards by assignment, for the time of a pass."""
+        if name == "blueprint_weights" and not is_sharded(value):
+            before = self.__dict__.get("_parameters", {}).get(name)
+            if is_sharded(before):
+                _shards[self] = ref(before)
+        super().__setattr__(name, value)
+
+    @property
+    def own_bank(self) -> Tensor | None:
+        """The bank that an optimizer trains: ``blueprint_weights``, or its shards while FSDP2 has gathered it. None
+        where it is computed (parametrized, pruned).
+        """
+        bank = self._parameters.get("blueprint_weights")
+        shards = _shards[self]() if self in _shards else None
+        # FSDP2 can also leave it sharded over fewer processes after a forward, which does not last either.
+        lasts = bank is None or shards is None or (is_sharded(bank) and bank.device_mesh == shards.device_mesh)
+        return bank if lasts else shards
+
+    @property
+    def lasting_bank(self) -> Tensor:
+        """:attr:`own_bank`, or what is computed in its place."""
+        bank = self.own_bank
+        return self.blueprint_weights if bank is None else bank
+
+    def whole_bank(self) -> Tensor:
+        """``[P, H]``, a constant. Where the bank is sharded, every process must ask: its parts are gathered."""
+        return whole(self.lasting_bank)
+
     def _reset_bank(self) -> None:
         """Neutral for the layer's strategy: nothing changes when a seed is grafted."""
         bank = self.blueprint_weights
-        rows = [self.strategy.neutral[p % self.strategy.rows] for p in range(self.num_blueprints)]
-        values = torch.tensor(rows, device=bank.device)[:, None].expand(bank.shape)
-        self._write_bank(torch.ones(bank.shape, dtype=torch.bool, device=bank.device), values)
+        rows = neutral_rows(self.strategy, self.num_blueprints).to(bank.device)
+        self._write_bank(None, rows[:, None].expand(bank.shape))
 
     def _make_neutral(self, chosen: Tensor) -> None:
         """Where ``chosen [S]``, the blueprint becomes its strategy's neutral element, in the seed's own features only.
@@ -70,19 +104,32 @@ class BlueprintBank:
         row = torch.arange(self.num_blueprints, device=state.device)[:, None]
         return owner, features & (row == blueprint), features & affine & (row == blueprint + 1)
 
-    def _write_bank(self, mask: Tensor, values: Tensor) -> None:
-        """The one place that writes the bank: ``values`` where ``mask``, both ``[P, H]`` on the bank's device."""
+    def _write_bank(self, mask: Tensor | None, values: Tensor) -> None:
+        """The one place that writes the bank: ``values`` where ``mask`` (None: everywhere), both ``[P, H]``. Where the
+        bank is sharded, each process that calls this writes its part.
+        """
         self.check_own_bank()
-        with torch.no_grad():
-            bank = self.blueprint_weights
-            bank.copy_(torch.where(mask, values.to(bank.dtype), bank))
+        lasting, bank = self.lasting_bank, self.blueprint_weights
+        write(lasting, values, mask)
+        if bank is not lasting and not is_sharded(bank):  # the next pass may use it as it is
+            write(bank, values, mask)
 
     def check_own_bank(self) -> None:
-        """RuntimeError where the bank is computed (parametrized, pruned) and so cannot be written."""
-        if "blueprint_weights" not in self._parameters:
+        """RuntimeError where the bank cannot be written: it is computed (parametrized, pruned), or flattened by FSDP1."""
+        shape, right = list(self.blueprint_weights.shape), [self.num_blueprints, self.hidden_dim]
+        if "blueprint_weights" in self._parameters:
+            problem = f"blueprint_weights has shape {shape} instead of {right}" if shape != right else ""
+        elif "blueprint_weights" in self.__dict__ and "blueprint_weights_orig" not in self._parameters:
+            problem = "blueprint_weights is no parameter of the layer any more"
+        else:
             raise RuntimeError(
                 "blueprint_weights is parametrized: what is written to it would be lost; "
                 "to germinate seeds, pass keep_blueprints=True"
+            )
+        if problem:
+            raise RuntimeError(
+                f"{problem}, so it cannot be written: shard with torch.distributed.fsdp.fully_shard, not with "
+                "FullyShardedDataParallel"
             )
 
     # ---- what an optimizer remembers, and is about to use ----------------------------------------
@@ -96,15 +143,19 @@ class BlueprintBank:
         stepped yet, has nothing to forget. ValueError for a seed that does not exist. With a mask
         (bool ``[S]``) it never waits for the device.
         """
-        bank = self.blueprint_weights
         mask = self.blueprint_mask(self._chosen(seed_ids))
-        for moment in _of_shape(bank.shape, optimizer.state.get(bank)):
-            _zero(moment, mask)
+        for moment in self.moments(optimizer):
+            write(moment, 0.0, mask)
+
+    def moments(self, optimizer: Optimizer) -> list[Tensor]:
+        """What ``optimizer`` remembers of the bank, element by element: tensors of its shape, sharded where it is."""
+        bank = self.lasting_bank
+        return [moment.detach() for moment in _of_shape(bank.shape, optimizer.state.get(bank))]
 
     @property
     def gathers_gradient(self) -> bool:
         """Whether the bank has a ``.grad`` now."""
-        bank = self._parameters.get("blueprint_weights")
+        bank = self.own_bank
         return bank is not None and bank.grad is not None
 
     def forget_gradient(self, chosen: Tensor) -> None:
@@ -114,7 +165,7 @@ class BlueprintBank:
         find another tensor there.
         """
         if self.gathers_gradient and not (chosen.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _zero(self.blueprint_weights.grad, self.blueprint_mask(chosen))
+            write(self.lasting_bank.grad, 0.0, self.blueprint_mask(chosen))
 
     def _chosen(self, seed_ids: SeedIds) -> Tensor:
         device, seeds = self._buffers["state"].device, self.num_seeds
@@ -133,20 +184,26 @@ class BlueprintBank:
         would put out at alpha 1. ``x`` are activations that the base layer put out, in the layer's
         own layout; ``target`` is like ``x``, by default ``x`` itself: a teacher's activations, say,
         or the undamaged network's. Both are taken as constants, so the gradient reaches the bank
-        only: add the sum to the loss of the task. float32; float64 for a float64 ``x``.
+        only: add the sum to the loss of the task. float32; float64 for a float64 ``x``. Where the bank
+        is sharded it is gathered, so every process must call this.
         """
         target = x if target is None else target
         if target.shape != x.shape:
             raise ValueError(f"target must have the shape of x, {list(x.shape)}, got {list(target.shape)}")
-        buffers = self._buffers
+        buffers, bank = self._buffers, self.blueprint_weights
         features_last = self._features_last(x)
         return blend_ops(x.device, x.dtype, self.enable_kernels).reconstruction_loss(
             features_last,
             features_last if target is x else self._features_last(target),
             buffers["seed_offsets"],
             buffers["state"],
-            self.blueprint_weights,
+            gathered(bank) if is_sharded(bank) else bank,
         )
+
+
+def neutral_rows(strategy: GraftingStrategy, num_blueprints: int) -> Tensor:
+    """``[P]``: what the weights of each row are in a bank that changes nothing."""
+    return torch.tensor([strategy.neutral[p % strategy.rows] for p in range(num_blueprints)], device="cpu")
 
 
 def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
@@ -157,13 +214,3 @@ def _of_shape(shape: torch.Size, remembered: Any) -> Iterator[Tensor]:
     elif isinstance(remembered, (Mapping, list, tuple, deque)):
         for each in remembered.values() if isinstance(remembered, Mapping) else remembered:
             yield from _of_shape(shape, each)
-
-
-def _zero(tensor: Tensor, mask: Tensor) -> None:
-    """Where ``mask``, a whole one also for a tensor that is spread over ranks."""
-    mask = mask.to(tensor.device)
-    if hasattr(tensor, "placements"):
-        from torch.distributed.tensor import distribute_tensor  # not in every build of torch
-
-        mask = distribute_tensor(mask, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.detach().masked_fill_(mask, 0)

@@ -47,7 +47,7 @@ class Blueprints:
 
     def take_snapshot(self) -> None:
         """Of the bank as it is; the last two are kept."""
-        self.snapshots = [*self.snapshots[-1:], self._layer.blueprint_weights.detach().clone()]
+        self.snapshots = [*self.snapshots[-1:], self._layer.whole_bank().clone()]
 
     def traits(self) -> Traits:
         """Waits for nothing."""
@@ -56,7 +56,7 @@ class Blueprints:
         owner, owned = reference.feature_owner(buffers["seed_offsets"], self._layer.hidden_dim)
         strategy = state[StateVar.GRAFTING_STRATEGY][owner]
         blueprint = state[StateVar.BLUEPRINT_ID][owner]
-        slope, shift, finite = _as_change(self._layer.blueprint_weights.detach(), blueprint, strategy)
+        slope, shift, finite = _as_change(self._layer.whole_bank(), blueprint, strategy)
         columns = [slope * slope, slope * shift, shift * shift, ~finite]
         if len(self.snapshots) == 2:
             before = self.snapshots[0].to(owner.device, non_blocking=True)

@@ -7,7 +7,7 @@ For new code there is :class:`kasmina_ext.KasminaLayer`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from kasmina_ext._autograd import recomputing
 from kasmina_ext._dispatch import blend_ops
 from kasmina_ext.arguments import integer, positive
+from kasmina_ext.checkpoint.state_dict import unwrap_keys, vector_problems
 from kasmina_ext.grafting import GraftingStrategy
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.seed_arguments import checked_seed_id
-from kasmina_ext.state_layout import StateVar
+from kasmina_ext.state_layout import NO_ID, StateVar
 from kasmina_ext.telemetry import TelemetryColumn, legacy_buffer, reduce
 
 if TYPE_CHECKING:
@@ -85,11 +86,31 @@ _BLENDED_IDS = _StrategyIds(
 )
 
 
+# What the old TritonKasminaLayer kept of its last forward, float32 [S] each.
+_OLD_TELEMETRY = ("telemetry_sum", "telemetry_sumsq", "telemetry_count")
+
+
+def _from_sums(total: Tensor, squares: Tensor, count: Tensor) -> Tensor:
+    """Telemetry ``[S, 5]`` of one batch; sums of squares in float32 may come out below what they can be."""
+    mean = torch.where(count > 0, total / count, 0.0)
+    seen = total.new_zeros((total.size(0), len(TelemetryColumn)))
+    seen[:, TelemetryColumn.COUNT] = count
+    seen[:, TelemetryColumn.MEAN] = mean
+    seen[:, TelemetryColumn.M2] = (squares - total * mean).clamp(min=0)
+    seen[:, TelemetryColumn.BATCHES] = 1
+    return seen
+
+
 # ---- the layers ----------------------------------------------------------------------------------
 
 
 class _SmallLayer(nn.Module):
     """What the two layers share: ``num_seeds`` chunks of ``chunk_size`` features, and a random bank in a buffer."""
+
+    VECTORS: ClassVar[tuple[str, str, str]]
+    """Names of the lifecycle's, the blueprints' and the strategies' buffers."""
+    BANK: ClassVar[str]
+    STRATEGIES: ClassVar[_StrategyIds]
 
     def __init__(self, hidden_dim: int, num_seeds: int, chunk_size: int) -> None:
         super().__init__()
@@ -100,6 +121,28 @@ class _SmallLayer(nn.Module):
     def _register(self, **buffers: Tensor) -> None:
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
+
+    def _ranges(self) -> dict[str, tuple[int, int]]:
+        """Of each vector of ids, its least and greatest value."""
+        bank = self._buffers[self.BANK]
+        greatest = (len(ExtendedLifecycle) - 1, bank.size(0) - 1, len(self.STRATEGIES) - 1)
+        return dict(zip(self.VECTORS, zip((0, NO_ID, 0), greatest, strict=True), strict=True))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Ids are checked before anything of the layer is written; any integer dtype, or whole floats, will do."""
+        unwrap_keys(self, state_dict, prefix)
+        problems = vector_problems(state_dict, prefix, self._ranges(), self.num_seeds)
+        if problems:
+            error_msgs += problems
+            return
+        for name in self._ranges():
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = state_dict[prefix + name].to(torch.int32)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _integers(self) -> Tensor:
         return torch.zeros(self.num_seeds, dtype=torch.int32)
@@ -126,6 +169,9 @@ class SimpleTritonLayer(_SmallLayer):
 
     Buffers: ``lifecycle``, ``blueprint``, ``strategy`` (int32 ``[S]``) and ``weights [10, H]``.
     """
+
+    VECTORS = ("lifecycle", "blueprint", "strategy")
+    BANK, STRATEGIES = "weights", _SIMPLE_IDS
 
     def __init__(self, hidden_dim: int, num_seeds: int, chunk_size: int) -> None:
         super().__init__(hidden_dim, num_seeds, chunk_size)
@@ -156,6 +202,8 @@ class TritonKasminaLayer(_SmallLayer):
     ``blend_factors`` (float32 ``[S]``) and ``blueprint_weights [10, H]``.
     """
 
+    VECTORS = ("lifecycle_states", "blueprint_ids", "grafting_strategies")
+    BANK, STRATEGIES = "blueprint_weights", _BLENDED_IDS
     telemetry_enabled = True
     """Yours to change."""
 
@@ -169,6 +217,18 @@ class TritonKasminaLayer(_SmallLayer):
             blueprint_weights=self._bank(),
         )
         self._seen: Tensor | None = None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        """In the old layer the last forward's telemetry was three buffers; they become what :meth:`get_telemetry` shows."""
+        unwrap_keys(self, state_dict, prefix)
+        sums = [state_dict.pop(prefix + name, None) for name in _OLD_TELEMETRY]
+        errors = args[-1]
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(errors) == before and all(
+            isinstance(value, Tensor) and value.shape == (self.num_seeds,) for value in sums
+        ):
+            self._seen = _from_sums(*(value.detach().double() for value in sums))
 
     def set_seed_state(
         self,
@@ -195,11 +255,13 @@ class TritonKasminaLayer(_SmallLayer):
         offsets = _offsets(self.num_seeds, self.chunk_size, self.hidden_dim, self.lifecycle_states.device)
         strategy, alpha = _BLENDED_IDS.translate(self.grafting_strategies, self.blend_factors.float())
         state = _state(self.lifecycle_states, self.blueprint_ids, strategy)
-        if not self.telemetry_enabled or (not torch.compiler.is_compiling() and recomputing(x)):
+        if not self.telemetry_enabled:
             return _blend(x, offsets, state, alpha, self.blueprint_weights, _no_telemetry(x))
         seen = x.new_zeros((self.num_seeds, len(TelemetryColumn)), dtype=torch.float64)
         y = _blend(x, offsets, state, alpha, self.blueprint_weights, seen)
-        self._seen = seen
+        # No other operators where it is computed again: selective checkpointing would complain of them.
+        if torch.compiler.is_compiling() or not recomputing(x):
+            self._seen = seen
         return y
 
     def get_telemetry(self) -> dict[str, np.ndarray]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_ext._dispatch import lifecycle_ops
-from kasmina_ext.arguments import at_least
 from kasmina_ext.blueprints import Blueprints
+from kasmina_ext.distributed import merged_telemetry
 from kasmina_ext.evaluation import Evaluation, judge
 from kasmina_ext.events import EventLog, Sink
+from kasmina_ext.growth_state import FORMAT, taken_from
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle, Verdict, begins_or_ends
 from kasmina_ext.measure import Layers, Layout, LossFunction, roots_of, seed_layers
@@ -32,14 +34,15 @@ from kasmina_ext.policy import (
     decided_by,
     default_policy,
 )
+from kasmina_ext.ranks import Ranks
+from kasmina_ext.seed_record import SeedRecord
 from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, NO_ID, StateVar
 from kasmina_ext.telemetry import potential
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 _S = ExtendedLifecycle
-_FORMAT = 1
-_ENTRIES = {
-    "layers", "budget", "steps", "ticks", "lives", "losses", "watched", "reconstruction", "snapshots",
-}  # fmt: skip
 
 
 _drivers: WeakKeyDictionary[KasminaLayer, ref[GrowthController]] = WeakKeyDictionary()
@@ -64,7 +67,7 @@ class GrowthController:
     trained like any other. :func:`~kasmina_ext.policy.default_policy` says when what happens.
 
     Arguments:
-        layers: KasminaLayers, a model that contains them, or a list of either.
+        layers: KasminaLayers, a model that contains them, a list of either, or :class:`kasmina_ext.Seeds`.
         optimizer: what trains the banks, if its moments are to start afresh where blueprints begin
             and end. It should know nothing of weight decay: see :func:`kasmina_ext.param_groups`.
         config: a :class:`~kasmina_ext.policy.GrowthConfig`; its fields may also be given as keywords.
@@ -73,15 +76,26 @@ class GrowthController:
         log: a file for the event log (JSON lines are appended; OSError where it cannot be opened), or
             a function of each event's dict. If it raises later, the error comes out of the call that
             was to write, once, when all else of it is done; events wait for the next one that works.
+        record: a :class:`~kasmina_ext.seed_record.SeedRecord` of these layers, which takes a snapshot in
+            each tick and evaluation and is part of the controller's state.
+        process_group: the processes that train the same network: by default, where torch.distributed is
+            initialized, all of the job. False: this one alone.
 
-    ValueError for a layer whose bank is parametrized: no seed could germinate in it. One layer wants
-    one controller: there is a warning where another that is still alive drives it already.
+    ValueError for a layer whose bank is parametrized (or flattened by FSDP1): no seed could germinate in
+    it. One layer wants one controller: there is a warning where another that is still alive drives it
+    already, and one where a share as budget is less than half a seed.
 
     The decisions of a tick are one batch of requests for each layer, judged on the device by the
     rules. The controller ticks in the place of ``layer.step_lifecycle()``: do not call both; alpha
     ramps where a layer has an ``alpha_schedule``. Two runs with the same seeds, data and settings
-    decide alike. Telemetry must be on: without it nothing germinates. Ranks of a distributed job
-    see different gradients: give them the same telemetry, or let one decide.
+    decide alike. Telemetry must be on: without it nothing germinates.
+
+    In a job of several processes every rank has a controller, and all decide alike: ticks go by the
+    telemetry, losses and reconstruction losses of all ranks, evaluations by the held-out batches of
+    all, of which each brings equally many of its own; the first rank's decision counts, and only it
+    writes the log. So all ranks must call :meth:`step` and :meth:`evaluate` equally often. A sharded
+    bank (FSDP2) is gathered in each tick. For one rank to decide alone, give it
+    ``process_group=False`` and tell the others by :func:`kasmina_ext.distributed.sync_lifecycle`.
     """
 
     def __init__(
@@ -92,14 +106,17 @@ class GrowthController:
         *,
         policy: Policy | None = None,
         log: Sink = None,
+        record: SeedRecord | None = None,
+        process_group: ProcessGroup | Literal[False] | None = None,
         **settings: Any,
     ) -> None:
         self._roots = roots_of(layers)
         named = seed_layers(self._roots)
         config = GrowthConfig() if config is None else config
-        unknown = settings.keys() - {field.name for field in dataclasses.fields(config)}
+        known = sorted(field.name for field in dataclasses.fields(config))
+        unknown = sorted(settings.keys() - known)
         if unknown:
-            raise TypeError(f"GrowthController has no setting {sorted(unknown)[0]!r}")
+            raise TypeError(f"GrowthController has no setting {unknown[0]!r}; there are {', '.join(known)}")
         self.config = dataclasses.replace(config, **settings)
         self.names = list(named)
         self.layers = list(named.values())
@@ -110,7 +127,13 @@ class GrowthController:
         """Calls of :meth:`step`."""
         self.ticks = 0
         self._layout = Layout(self.layers)
+        if record is not None and not record.is_of(self.layers):
+            raise ValueError(f"the record is of other layers: {', '.join(map(repr, record.layers))}")
+        self.record = record
+        self._process_group = process_group
+        self._known_alike = False
         self._check_banks()
+        log = log if Ranks(process_group).rank == 0 else None
         self._log = EventLog(log, {name: layer.num_seeds for name, layer in named.items()}, decided_by(self.policy))
         self._blueprints = [Blueprints(layer) for layer in self.layers]
         self._ramp = self.rules.least_epochs(_S.GRAFTING, _S.STABILIZATION) or 0
@@ -121,6 +144,12 @@ class GrowthController:
         self._lives = torch.zeros(self._layout.total, dtype=torch.int32, device=self._layout.device)
         self._random = torch.Generator(self._layout.device)
         self._take_over()
+        if self._budget and self._total_price and not self.budget:
+            warnings.warn(
+                f"nothing can germinate: a budget of {self._budget:g} is none of {self._total_price} "
+                f"{self.config.budget_in}; an integer says how many",
+                stacklevel=2,
+            )
 
     def _check_banks(self) -> None:
         for name, layer in zip(self.names, self.layers, strict=True):
@@ -130,13 +159,19 @@ class GrowthController:
                 raise ValueError(f"layer {name!r} cannot grow: {error}") from None
 
     def _take_over(self) -> None:
-        for name, layer in zip(self.names, self.layers, strict=True):
-            other = _drivers.get(layer)
-            if other is not None and other() is not None:
-                warnings.warn(
-                    f"layer {name!r} is driven by another controller that is still alive: if both go on, it ticks twice",
-                    stacklevel=3,
-                )
+        driven = [
+            name
+            for name, layer in zip(self.names, self.layers, strict=True)
+            if (other := _drivers.get(layer)) is not None and other() is not None
+        ]
+        if driven:
+            more = f" (and {len(driven) - 1} more)" if len(driven) > 1 else ""
+            warnings.warn(
+                f"layer {driven[0]!r}{more} is driven by another controller that is still alive: if both go on, it "
+                "ticks twice",
+                stacklevel=3,
+            )
+        for layer in self.layers:
             _drivers[layer] = ref(self)
 
     # ---- in training -------------------------------------------------------------------------------------------------
@@ -169,7 +204,7 @@ class GrowthController:
         mean and variance of what the seeds saw, which is exact for neutral blueprints.
 
         Never waits for a CUDA device as long as losses and layers lie on it. (A policy of your own
-        may; so may a log file's disk.)
+        may; so may a log file's disk; so does, of several processes, the first tick.)
         """
         with torch.no_grad():
             self.steps += 1
@@ -207,7 +242,10 @@ class GrowthController:
             for blueprints in self._blueprints:
                 blueprints.take_snapshot()
         until = self.config.until
-        self._decide(self._seeds(germinates=watched and (until is None or self.ticks <= until)))
+        with self._together() as ranks:
+            self._decide(self._seeds(ranks, germinates=watched and (until is None or self.ticks <= until)), ranks)
+            if self.record is not None:
+                self.record.take(self.steps)
         if watched:
             self._watch()
         self._losses.zero_()
@@ -218,10 +256,10 @@ class GrowthController:
         self._watched = [layer._buffers["grad_telemetry"].clone() for layer in self.layers]
         self._resets = [layer.telemetry_resets for layer in self.layers]
 
-    def _watched_since(self) -> list[Tensor | None]:
-        """Of each layer, None where its telemetry has begun afresh since: then all of it counts."""
+    def _watched_since(self) -> list[Tensor]:
+        """Of each layer, zeros where its telemetry has begun afresh since: then all of it counts."""
         return [
-            seen if layer.telemetry_resets == resets else None
+            seen if layer.telemetry_resets == resets else torch.zeros_like(seen)
             for layer, seen, resets in zip(self.layers, self._watched, self._resets, strict=True)
         ]
 
@@ -246,11 +284,13 @@ class GrowthController:
         the result; if that is all of them, nothing is judged, as it says. A seed with which a loss is
         not finite, and without which it is, goes at once.
         """
-        with torch.no_grad():
-            self._check_banks()
-            seeds = self._seeds(germinates=False)
-            found = judge(self._roots, batches, loss_fn, seeds)
-            entered = self._decide(dataclasses.replace(seeds, measured=found.measured))
+        self._check_banks()
+        with torch.no_grad(), self._together() as ranks:
+            seeds = self._seeds(ranks, germinates=False)
+            found = judge(self._roots, batches, loss_fn, seeds, ranks)
+            entered = self._decide(dataclasses.replace(seeds, measured=found.measured), ranks)
+            if self.record is not None:
+                self.record.take(self.steps, found.credit)
             counts = torch.stack([(entered == state).sum() for state in range(len(_S))]).tolist()
             alive = int(alive_in(self._lifecycles()).sum())
         self._log.poll(wait=True)
@@ -273,27 +313,26 @@ class GrowthController:
         their way are written first. Copies on the CPU, safe for ``torch.load(weights_only=True)``. Waits for the device.
         """
         self._log.poll(wait=True)
+        return self._state(lambda tensor: tensor.detach().to("cpu", copy=True))
 
-        def kept(tensors: Iterable[Tensor]) -> list[Tensor]:
-            return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
-
-        since = self._watched_since()
-        watched = [torch.zeros_like(seen) if at is None else at for seen, at in zip(self._watched, since, strict=True)]
+    def _state(self, kept: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """:meth:`state_dict` of tensors as ``kept`` makes them; does not wait for the device itself."""
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "config": self.config.as_dict(),
-            "layers": self._sizes(),
+            "layers": self._layer_sizes(),
             "budget": self._budget,
             "steps": self.steps,
             "ticks": self.ticks,
-            "lives": kept([self._lives])[0],
-            "losses": kept([self._losses])[0],
-            "watched": kept(watched),
-            "reconstruction": None if self._reconstruction is None else kept(self._reconstruction),
-            "snapshots": [kept(blueprints.snapshots) for blueprints in self._blueprints],
+            "lives": kept(self._lives),
+            "losses": kept(self._losses),
+            "watched": [kept(tensor) for tensor in self._watched_since()],
+            "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
+            "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
+            "record": None if self.record is None else self.record._state(kept),
         }
 
-    def _sizes(self) -> dict[str, int]:
+    def _layer_sizes(self) -> dict[str, int]:
         return {name: layer.num_seeds for name, layer in zip(self.names, self.layers, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -302,45 +341,53 @@ class GrowthController:
         Layers and optimizer are loaded on their own. ValueError, and nothing changed, for a state
         of other layers or another format, or one that is damaged.
         """
-        if not isinstance(state, Mapping) or state.get("format") != _FORMAT:
-            raise ValueError(f"this is no controller's state of format {_FORMAT}")
-        missing = _ENTRIES - state.keys()
-        if missing:
-            raise ValueError(f"the state has no {', '.join(sorted(missing))}")
-        if state["layers"] != self._sizes():
-            raise ValueError(f"the state is of layers {state['layers']}, the controller drives {self._sizes()}")
-        home, devices = [self._layout.device], [layer.device for layer in self.layers]
-        per_layer = [torch.empty(layer.num_seeds, dtype=torch.float64, device="meta") for layer in self.layers]
-        # All of it is checked before anything is written.
-        budget = checked_budget(state["budget"])
-        steps, ticks = (at_least(name, state[name], 0) for name in ("steps", "ticks"))
-        [lives] = _moved("lives", [state["lives"]], [self._lives], home)
-        [losses] = _moved("losses", [state["losses"]], [self._losses], home)
-        watched = _moved("watched", state["watched"], self._watched, devices)
-        given = state["reconstruction"]
-        reconstruction = None if given is None else _moved("reconstruction", given, per_layer, devices)
-        of_layers = _as_many("snapshots", state["snapshots"], self.layers)
-        snapshots = [_moved_snapshots(each, layer) for each, layer in zip(of_layers, self.layers, strict=True)]
-        self._budget, self.steps, self.ticks = budget, steps, ticks
-        self._lives, self._losses, self._watched, self._reconstruction = lives, losses, watched, reconstruction
+        taken = self._checked(state)
+        self._budget, self.steps, self.ticks = taken["budget"], taken["steps"], taken["ticks"]
+        self._lives, self._losses, self._watched = taken["lives"], taken["losses"], taken["watched"]
+        self._reconstruction = taken["reconstruction"]
         self._resets = [layer.telemetry_resets for layer in self.layers]
-        for blueprints, of_layer in zip(self._blueprints, snapshots, strict=True):
+        for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
             blueprints.snapshots = of_layer
+        if self.record is not None and state.get("record") is not None:
+            self.record.load_state_dict(state["record"])
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """ValueError for what :meth:`load_state_dict` would refuse. Changes nothing."""
+        self._checked(state)
+
+    def _checked(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        taken = taken_from(state, self.layers, self._layer_sizes(), self._lives, self._losses, self._watched)
+        if self.record is not None and state.get("record") is not None:
+            self.record.check_state_dict(state["record"])
+        return taken
 
     # ---- deciding ----------------------------------------------------------------------------------------------------
 
-    def _seeds(self, *, germinates: bool) -> Seeds:
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[Ranks]:
+        """Who decides. Inside, the layers' telemetry is that of all of them."""
+        ranks = Ranks(self._process_group)
+        if not self._known_alike:  # once: it waits for the device
+            sizes = ", ".join(f"{name}: {size}" for name, size in self._layer_sizes().items())
+            ranks.agree("layers and steps", f"{sizes} seeds at step {self.steps}")
+            self._known_alike = True
+        with merged_telemetry(self.layers, self._process_group):
+            yield ranks
+
+    def _seeds(self, ranks: Ranks, *, germinates: bool) -> Seeds:
         """What the policy is to see."""
         layout = self._layout
         state = layout.buffer("state").clone()
         self._follow_layers()
+        since = layout.split(ranks.total(layout.join(self._watched_since())))
+        losses = ranks.total(self._losses)
         traits = [blueprints.traits() for blueprints in self._blueprints]
         parameters, reconstruction, stability, nonfinite = (
             layout.join([getattr(trait, name) for trait in traits])
             for name in ("parameters", "reconstruction", "stability", "nonfinite")
         )
         if self._reconstruction is not None:
-            reconstruction = layout.join(self._reconstruction)
+            reconstruction = ranks.total(layout.join(self._reconstruction)) / ranks.size
         return Seeds(
             layer=self._layer_numbers(),
             lifecycle=state[StateVar.LIFECYCLE_STATE],
@@ -349,9 +396,7 @@ class GrowthController:
             lives=self._lives.clone(),
             alpha=layout.buffer("alpha").clone(),
             parameters=parameters,
-            potential=layout.join(
-                [potential(layer, since) for layer, since in zip(self.layers, self._watched_since(), strict=True)]
-            ),
+            potential=layout.join([potential(layer, seen) for layer, seen in zip(self.layers, since, strict=True)]),
             activations=layout.buffer("telemetry").clone(),
             reconstruction=reconstruction,
             stability=stability,
@@ -361,7 +406,7 @@ class GrowthController:
             budget=self.budget,
             tick=self.ticks,
             step=self.steps,
-            loss=self._losses[0] / self._losses[1],
+            loss=losses[0] / losses[1],
             germinates=germinates,
             config=self.config,
             _random=self._random,
@@ -384,13 +429,14 @@ class GrowthController:
         device = self._layout.device
         return torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self._layout.sizes)])
 
-    def _decide(self, seeds: Seeds) -> Tensor:
+    def _decide(self, seeds: Seeds, ranks: Ranks) -> Tensor:
         """Ask the policy, request what it wants, log what came of it: int32 ``[T]``, the states entered, else -1."""
         wanted = self.policy(seeds)
         if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or not _of_integers(wanted):
             raise TypeError(f"a policy must return integers [{self._layout.total}], one for each seed")
         # What fits into no int32 is no state either; it must not wrap to one.
-        wanted = self._within_budget(seeds, wanted.long().clamp(INT32_MIN, INT32_MAX).to(seeds.lifecycle.dtype))
+        wanted = wanted.long().clamp(INT32_MIN, INT32_MAX).to(seeds.lifecycle.dtype)
+        wanted = ranks.broadcast(self._within_budget(seeds, wanted))
         verdicts = []
         for layer, targets in zip(self.layers, self._layout.split(wanted), strict=True):
             every = torch.arange(layer.num_seeds, dtype=torch.int32, device=layer.device)
@@ -400,7 +446,8 @@ class GrowthController:
         entered = torch.where(applied, wanted, STAY)
         self._lives += entered == _S.GERMINATED
         self._follow_up(seeds, entered)
-        self._record(seeds, entered, applied)
+        if ranks.rank == 0:
+            self._record(seeds, entered, applied)
         return entered
 
     def _within_budget(self, seeds: Seeds, wanted: Tensor) -> Tensor:
@@ -436,26 +483,3 @@ class GrowthController:
 
 def _of_integers(tensor: Tensor) -> bool:
     return not (tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex())
-
-
-def _moved(name: str, tensors: Any, like: Sequence[Tensor], devices: Sequence[torch.device]) -> list[Tensor]:
-    """Copies of a state's tensors on these devices; ValueError unless they are tensors of the shapes and dtypes given."""
-    for tensor, expected in zip(_as_many(name, tensors, like), like, strict=True):
-        if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-            what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name} in the state must be {expected.dtype} {list(expected.shape)}, got {what}")
-    return [tensor.to(device, copy=True) for tensor, device in zip(tensors, devices, strict=True)]
-
-
-def _moved_snapshots(given: Any, layer: KasminaLayer) -> list[Tensor]:
-    shape, device = layer.blueprint_weights.shape, layer.device
-    known = isinstance(given, (list, tuple)) and len(given) <= 2
-    if not known or not all(isinstance(one, Tensor) and one.shape == shape for one in given):
-        raise ValueError("snapshots in the state are of other banks")
-    return [one.to(device, copy=True) for one in given]
-
-
-def _as_many(name: str, values: Any, like: Sequence[Any]) -> Sequence[Any]:
-    if not isinstance(values, (list, tuple)) or len(values) != len(like):
-        raise ValueError(f"{name} in the state must be a list of {len(like)}")
-    return values

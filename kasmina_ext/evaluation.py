@@ -15,6 +15,7 @@ from kasmina_ext.culling import find_at_fault, find_expendable
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.measure import Layers, LossFunction, Measurement
 from kasmina_ext.policy import Measured, Seeds
+from kasmina_ext.ranks import Ranks
 
 _S = ExtendedLifecycle
 
@@ -69,20 +70,22 @@ class Findings:
     credit: Credit | None
 
 
-def judge(roots: Layers, batches: Iterable[Any], loss_fn: LossFunction, seeds: Seeds) -> Findings:
+def judge(
+    roots: Layers, batches: Iterable[Any], loss_fn: LossFunction, seeds: Seeds, ranks: Ranks | None = None
+) -> Findings:
     """Losses with and without the seeds, their credit, and which of them are expendable.
 
     First go the batches (or samples) whose loss is not finite without any seed: no seed is to blame.
     Then the seeds with which a loss is not finite, or whose weights are not: they are expendable at
     once. What is left is compared as :func:`~kasmina_ext.culling.find_expendable` says; what has no
-    part in the output yet makes room first where the budget has shrunk. ValueError for fewer than
-    two batches.
+    part in the output yet makes room first where the budget has shrunk. Of several ``ranks`` all
+    bring batches, and all find the same. ValueError for fewer than two batches.
     """
     config, in_output = seeds.config, grafted(seeds.lifecycle)
     candidates = in_output & seeds.may(_S.CULLED)
     removable = candidates | (in_output & seeds.may(_S.ROLLED_BACK))
     gone = removable & (seeds.nonfinite > 0)
-    with Measurement(roots, batches, loss_fn) as measurement:
+    with Measurement(roots, batches, loss_fn, ranks) as measurement:
         if measurement.num_batches < 2:
             raise ValueError("evaluate needs at least 2 batches to tell what is chance; split the one given")
         alpha = measurement.alpha.double()

@@ -90,15 +90,7 @@ class EventLog:
                 self._events.popleft()
         elif self._events:
             text = "".join(json.dumps(event, allow_nan=False) + "\n" for event in self._events)
-            with self._path.open("ab", buffering=0) as file:
-                end = file.tell() if file.seekable() else None
-                try:
-                    _write_all(file, text.encode())
-                except BaseException:
-                    if end is not None:
-                        with contextlib.suppress(OSError):
-                            file.truncate(end)  # no half line, nor one that comes again
-                    raise
+            append(self._path, text.encode())
             self._events.clear()
         self._failing = False
 
@@ -118,8 +110,8 @@ class _Rows:
 
     def __init__(self, head: dict[str, Any], rows: Tensor, columns: dict[str, Tensor]) -> None:
         self.head, self._rows, self._columns = head, rows, columns
-        self._count: _Copy | None = _Copy(rows.sum())
-        self._table: _Copy | None = None
+        self._count: HostCopy | None = HostCopy(rows.sum())
+        self._table: HostCopy | None = None
 
     def arrived(self, wait: bool) -> bool:
         if self._table is None:
@@ -129,7 +121,7 @@ class _Rows:
             # Not nonzero: the device would have to be asked for its size.
             chosen = self._rows.logical_not().to(torch.uint8).argsort(stable=True)[:count]
             columns = [column.expand(self._rows.shape)[chosen].double() for column in self._columns.values()]
-            self._table = _Copy(torch.stack((chosen.double(), *columns), 1))
+            self._table = HostCopy(torch.stack((chosen.double(), *columns), 1))
         return self._table.arrived(wait)
 
     def values(self) -> list[dict[str, float]]:
@@ -138,7 +130,7 @@ class _Rows:
         return [dict(zip(names, row, strict=True)) for row in self._table.values.tolist()]
 
 
-class _Copy:
+class HostCopy:
     """A tensor's copy on the host, asynchronous from a GPU (of CUDA: from another, it waits)."""
 
     def __init__(self, values: Tensor) -> None:
@@ -162,6 +154,19 @@ class _Copy:
 def _write_all(file: FileIO, data: bytes) -> None:
     while data:
         data = data[file.write(data) :]
+
+
+def append(path: Path, data: bytes) -> None:
+    """All of ``data`` at a file's end or, where that fails, none: no half line, nor one that comes again."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell() if file.seekable() else None
+        try:
+            _write_all(file, data)
+        except BaseException:
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+            raise
 
 
 def state_name(state: float) -> str:

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from kasmina_ext import flags
+from kasmina_ext import flags, nested
 from kasmina_ext._dispatch import blend_ops
+from kasmina_ext.across_ranks import AcrossRanks
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.bank import BlueprintBank
+from kasmina_ext.checkpoint.layer import LayerCheckpoints
+from kasmina_ext.checkpoint.state_dict import adopt_triton_layout, problems_in, unwrap_keys
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, GraftingStrategyFactory
 from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionRules
@@ -26,7 +30,7 @@ from kasmina_ext.transitions import SeedTransitions
 from kasmina_ext.wrapper import TransparentWrapper
 
 
-class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
+class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks, TransparentWrapper):
     """``kasmina(base_layer(x))``: the output of ``base_layer``, with every grafted seed blended into its chunk.
 
     ======================  =======  ==============================================================
@@ -46,12 +50,17 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
     (``weight``, ``bias``, ``in_features``, ...) are its base layer's. Casts (``.half()``,
     ``.to(dtype)``) reach the base layer and the bank; the buffers follow devices only.
 
+    A ``state_dict`` holds these tensors and the base layer's: all that is needed to go on exactly where
+    it was taken. It does not hold arguments: in a layer with another ``alpha_schedule``, ``ramp_epochs``,
+    ``auto_advance`` or ``strategy`` these apply from then on. Loading checks values first: of
+    a layer's own tensors either all are loaded or none. See :func:`kasmina_ext.load_state_dict`.
+
     Two attributes are the user's to change: ``lifecycle_manager``, which judges single requests, and
     ``transition_rules``, which judge requests in batches.
 
     Arguments:
         base_layer: any module that returns a tensor, or a tuple whose first element is one; that
-            one is transformed.
+            one is transformed. (Not the ``out_proj`` of nn.MultiheadAttention, which is never called.)
         chunk_size: features per seed, about: there are ``H / chunk_size`` seeds, rounded.
         num_seeds: how many instead.
         num_blueprints: rows of the bank.
@@ -74,6 +83,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
             is.
         blueprint_dtype: of the bank; by default float32 (float64 where the base layer is float64),
             since a small step from a weight of 1 is lost in bfloat16.
+        checkpoint_dir: where ``save_checkpoint`` writes and ``load_checkpoint`` reads.
     """
 
     BUFFER_DTYPES = {
@@ -108,10 +118,16 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
         enable_kernels: bool = True,
         device: torch.device | str | None = None,
         blueprint_dtype: torch.dtype | None = None,
+        checkpoint_dir: str | PathLike[str] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(base_layer, nn.Module):
             raise TypeError(f"base_layer must be a torch.nn.Module, got {type(base_layer).__name__}")
+        if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                "the out_proj of nn.MultiheadAttention is never called, only its weights are used, so a layer around it "
+                "would do nothing: wrap the MultiheadAttention itself, whose output is the out_proj's"
+            )
         chunk_size = positive("chunk_size", chunk_size)
         num_seeds = None if num_seeds is None else positive("num_seeds", num_seeds)
         num_blueprints = positive("num_blueprints", num_blueprints)
@@ -139,11 +155,16 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
         self.lifecycle_manager = LifecycleManager()
         self.transition_rules = TransitionRules.gate()
         self.grafting_factory = GraftingStrategyFactory()
+        self.checkpoint_dir = checkpoint_dir
+        self._manager = None
+        self._loaded_history_count: Tensor | None = None
 
         if device is not None:
             base_layer.to(device)
         home, dtype = _home_of(found.module, base_layer)
         home = home if device is None else torch.device(device)
+        if blueprint_dtype is not None and not isinstance(blueprint_dtype, torch.dtype):
+            raise TypeError(f"blueprint_dtype must be a torch.dtype, got {type(blueprint_dtype).__name__}")
         if blueprint_dtype is not None and not blueprint_dtype.is_floating_point:
             raise ValueError(f"blueprint_dtype must be a floating dtype, got {blueprint_dtype}")
         seeds = self.num_seeds
@@ -186,13 +207,20 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
             return self._blend(out)
         if isinstance(out, tuple) and out and isinstance(out[0], Tensor):
             blended = (self._blend(out[0]), *out[1:])
-            return type(out)(*blended) if hasattr(out, "_fields") else blended
+            if type(out) is tuple:
+                return blended
+            # Of other tuples, only named ones take their elements one by one (torch.return_types do not).
+            return type(out)(*blended) if hasattr(out, "_fields") else type(out)(blended)
         raise TypeError(
             f"{type(self._modules['base_layer']).__name__} returned {type(out).__name__}; "
             "expected a tensor or a tuple whose first element is one"
         )
 
     def _blend(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            if self.feature_dim != -1:
+                raise TypeError(f"of a nested tensor the features must be last, feature_dim is {self.feature_dim}")
+            return nested.over_rows(self._blend, x)
         # Every forward comes here: dictionaries, since nn.Module's attribute lookup is slow.
         buffers = self._buffers
         bank = self._parameters.get("blueprint_weights")
@@ -203,19 +231,9 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
         else:
             seen = seen_gradients = buffers["telemetry"].new_empty(0)
         op = blend_ops(x.device, x.dtype, self.enable_kernels).chunked_forward
+        seeds = buffers["seed_offsets"], buffers["state"], buffers["alpha"], bank, seen, seen_gradients
         dim = self._dim_of_features(x)
-        if dim != -1:
-            x = x.movedim(dim, -1)
-        y = op(
-            x,
-            buffers["seed_offsets"],
-            buffers["state"],
-            buffers["alpha"],
-            bank,
-            seen,
-            seen_gradients,
-        )
-        return y if dim == -1 else y.movedim(-1, dim)
+        return op(x, *seeds) if dim == -1 else op(x.movedim(dim, -1), *seeds).movedim(-1, dim)
 
     def _dim_of_features(self, x: Tensor) -> int:
         return self.feature_dim - 1 if x.dim() == self._unbatched_rank else self.feature_dim
@@ -305,19 +323,23 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
+        unwrap_keys(self, state_dict, prefix)
+        problems, absent = adopt_triton_layout(self, state_dict, prefix, missing_keys)
+        problems += problems_in(self, state_dict, prefix)
+        if problems:
+            error_msgs += problems
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        loaded = self._buffers["seed_offsets"]
-        expected = chunk_offsets(self.hidden_dim, self.num_seeds, self.chunking)
-        if loaded.is_meta or torch.equal(loaded.cpu(), expected):
-            return
-        self._buffers["seed_offsets"] = expected.to(loaded.device)
-        if f"{prefix}seed_offsets" in state_dict:
-            error_msgs.append(
-                f'"{prefix}seed_offsets" cuts the features differently from this layer '
-                f"(chunking={self.chunking!r}, {self.num_seeds} seeds, {self.hidden_dim} features)"
-            )
+        missing_keys[:] = [key for key in missing_keys if key not in absent]
+        if f"{prefix}history_count" in state_dict:
+            self._mark_loaded()
+
+    def _mark_loaded(self) -> None:
+        """What happened to the seeds before is in the optimizer's state that was saved with theirs."""
+        count = self._buffers["history_count"]
+        self._loaded_history_count = None if count.is_meta else count.clone()
 
     def extra_repr(self) -> str:
         schedule = f", alpha_schedule={self.alpha_schedule.name.lower()!r}, ramp_epochs={self.ramp_epochs}"
@@ -331,8 +353,8 @@ class KasminaLayer(SeedTransitions, BlueprintBank, TransparentWrapper):
 class TritonChunkedKasminaLayer(KasminaLayer):
     """The drop-in for the Triton package's layer, with its defaults: uniform chunks and a bank of 10 random rows.
 
-    ``enable_triton`` keeps its name and turns the compiled kernels on; ``checkpoint_dir`` is kept
-    on the layer. All other arguments are keywords, as in :class:`KasminaLayer`; so are all methods.
+    ``enable_triton`` keeps its name and turns the compiled kernels on. All other arguments are
+    keywords, as in :class:`KasminaLayer`; so are all methods.
     """
 
     def __init__(
@@ -369,8 +391,8 @@ class TritonChunkedKasminaLayer(KasminaLayer):
             enable_kernels=enable_triton,
             device=device,
             blueprint_dtype=blueprint_dtype,
+            checkpoint_dir=checkpoint_dir,
         )
-        self.checkpoint_dir = checkpoint_dir
         self.blueprint_registry: dict[int, Any] = {}
         """Yours: what a blueprint id stands for. The layer does not look at it."""
 
@@ -384,17 +406,20 @@ class TritonChunkedKasminaLayer(KasminaLayer):
         self.enable_kernels = bool(enable)
 
     def _reset_bank(self) -> None:
-        nn.init.normal_(self.blueprint_weights)
+        bank = self.blueprint_weights
+        self._write_bank(None, nn.init.normal_(torch.empty(bank.shape, dtype=bank.dtype, device=bank.device)))
 
 
 def _home_of(*modules: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and bank dtype for new tensors: those of the first module that has a floating tensor;
-    else the defaults.
+    """Device and bank dtype for new tensors: those of the first module that has a floating tensor; else the defaults,
+    but the device of other tensors where there are any (quantised ones).
     """
+    others: list[torch.device] = []
     for module in modules:
         for tensor in chain(module.parameters(), module.buffers()):
             if tensor.is_floating_point():
                 wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
                 return tensor.device, wide
+            others.append(tensor.device)
     wide = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return torch.get_default_device(), wide
+    return others[0] if others else torch.get_default_device(), wide

@@ -384,7 +384,7 @@ class Verdict(IntEnum):
 _VERDICT_MESSAGES = {
     Verdict.APPLIED: "applied",
     Verdict.SEED_OUT_OF_RANGE: "there is no such seed",
-    Verdict.ILLEGAL_TRANSITION: "the rules have no such transition",
+    Verdict.ILLEGAL_TRANSITION: "the rules have no such transition from its state",
     Verdict.TOO_FEW_EPOCHS: "the seed has not been in its state for long enough",
     Verdict.BLUEPRINT_OUT_OF_RANGE: "the blueprint's rows are not all in the bank",
     Verdict.STRATEGY_OUT_OF_RANGE: "there is no such grafting strategy",

@@ -10,22 +10,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from kasmina_ext.activations import copied
 from kasmina_ext.compat import TritonKasminaLayer
+from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext.ranks import Ranks
 from kasmina_ext.state_layout import StateVar
 
-Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module]
-"""A KasminaLayer, a model that contains some, or several of either, with names of your own in a dict."""
+Layers = nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module] | SeedHandle
+"""A KasminaLayer, a model that contains some, several of either, with names of your own in a dict, or a handle on seeds."""
 LossFunction = Callable[[Any], Tensor]
 """The loss of one batch: a number or, from which errors are known better, a number for each sample."""
 
 
 def roots_of(layers: Layers) -> dict[str, nn.Module]:
     """The modules given, by name: "" for a single one, numbers in a list. TypeError for anything else."""
-    if isinstance(layers, Mapping):
+    if isinstance(layers, SeedHandle):
+        roots = dict(layers.roots)
+    elif isinstance(layers, Mapping):
         roots = dict(layers)
     elif isinstance(layers, nn.Module):
         roots = {"": layers}
@@ -45,12 +49,13 @@ def seed_layers(layers: Layers) -> dict[str, KasminaLayer]:
     ValueError where there is none, TypeError as :func:`roots_of`.
     """
     found: dict[str, KasminaLayer] = {}
+    seen: set[nn.Module] = set()
     for prefix, root in roots_of(layers).items():
-        for name, module in root.named_modules():
-            if isinstance(module, KasminaLayer) and not any(module is layer for layer in found.values()):
+        for name, module in root.named_modules(memo=seen):
+            if isinstance(module, KasminaLayer):
                 found[".".join(part for part in (prefix, _plain(name)) if part)] = module
     if not found:
-        raise ValueError("there is no KasminaLayer in layers")
+        raise ValueError("there is no KasminaLayer in what was given: graft_ gives a model seeds")
     return found
 
 
@@ -146,17 +151,22 @@ class Measurement:
     it, modes, telemetry, BatchNorm statistics, torch's random state, alphas and all ``.grad`` are as
     they were: alphas are swapped, not written, and gradients are taken with respect to them alone.
 
-    ``batches`` are walked through once and kept (tensors made in inference mode, also in lists and
-    dicts, as copies that autograd can use); ``loss_fn(batch)`` gives the loss, a scalar or one value
-    for each sample, which are then averaged over all batches alike.
+    ``batches`` are walked through once and kept, and every pass gets copies of their tensors (also of those in lists
+    and dicts), since a model may work in place; ``loss_fn(batch)`` gives the loss, a scalar or one value
+    for each sample, which are then averaged over all batches alike. Where there are several
+    ``ranks``, each brings as many batches of its own, all make the same passes, and all get what all
+    have measured.
     """
 
     alpha: Tensor
     """float32 ``[T]``: as it was on entering."""
     num_batches: int
-    """Of those given, the ones that are not left out altogether."""
+    """Of those given, by all ranks, the ones that are not left out altogether."""
 
-    def __init__(self, layers: Layers, batches: Iterable[Any], loss_fn: LossFunction) -> None:
+    def __init__(
+        self, layers: Layers, batches: Iterable[Any], loss_fn: LossFunction, ranks: Ranks | None = None
+    ) -> None:
+        self._ranks = Ranks(False) if ranks is None else ranks
         self._roots = roots_of(layers)
         named = seed_layers(self._roots)
         self.names, self.layout = list(named), Layout(list(named.values()))
@@ -172,12 +182,12 @@ class Measurement:
             stack.enter_context(torch.inference_mode(False))
             self._cuda = sorted({layer.device.index or 0 for layer in layers if layer.device.type == "cuda"})
             stack.enter_context(torch.random.fork_rng(self._cuda))
-            self._batches = [_usable(batch) for batch in self._given]  # shuffling takes random numbers, too
-            self.num_batches = len(self._batches)
-            self._sizes: list[int] = []
-            self._kept: list[Tensor | None] = [None] * self.num_batches
-            if not self._batches:
-                raise ValueError("there are no batches to measure on")
+            self._batches = list(self._given)  # shuffling takes random numbers, too
+            self.num_batches = self._count_batches()
+            # Of each batch, of each rank: how many losses, whether there are any, whether all that there were.
+            self._sizes: list[tuple[int, ...]] = []
+            self._some, self._whole = ([[True] * self._ranks.size for _ in self._batches] for _ in range(2))
+            self._kept: list[Tensor | None] = [None] * len(self._batches)
             self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(index) for index in self._cuda]
             self.alpha = self.layout.buffer("alpha").clone()
             for layer in layers:
@@ -194,6 +204,14 @@ class Measurement:
             stack.callback(hook.remove)
             self._stack = stack.pop_all()
         return self
+
+    def _count_batches(self) -> int:
+        counts = self._ranks.gather(torch.tensor(len(self._batches))).tolist()
+        if not all(counts):
+            raise ValueError("there are no batches to measure on")
+        if len(set(counts)) > 1:
+            raise ValueError(f"the ranks must have equally many batches, they have {counts}")
+        return sum(counts)
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
@@ -231,20 +249,30 @@ class Measurement:
 
     def keep(self, wanted: Tensor) -> None:
         """From now on leave out the losses where not ``wanted [n]``, of those that :meth:`losses` last gave."""
-        pieces = wanted.split(self._sizes)
-        for number, (piece, before) in enumerate(zip(pieces, self._kept, strict=True)):
-            if not piece.all():
-                self._kept[number] = piece if before is None else before.masked_scatter(before, piece)
-        self.num_batches = sum(bool(piece.any()) for piece in pieces)
+        for number, pieces in enumerate(self._by_batch(wanted)):
+            own, before = pieces[self._ranks.rank], self._kept[number]
+            if not own.all():
+                self._kept[number] = own if before is None else before.masked_scatter(before, own)
+            self._some[number] = [bool(piece.any()) for piece in pieces]
+            whole = zip(self._whole[number], pieces, strict=True)
+            self._whole[number] = [was_whole and bool(piece.all()) for was_whole, piece in whole]
+        self.num_batches = sum(sum(of_batch) for of_batch in self._some)
 
     def batches_with(self, chosen: Tensor) -> int:
         """How many batches have a loss where ``chosen [n]``, of those that :meth:`losses` last gave."""
-        return sum(bool(piece.any()) for piece in chosen.split(self._sizes))
+        return sum(bool(piece.any()) for pieces in self._by_batch(chosen) for piece in pieces)
+
+    def _by_batch(self, values: Tensor) -> list[tuple[Tensor, ...]]:
+        """Of one value for each loss ``[n]``: batch by batch, those of each rank."""
+        pieces = values.split([size for of_batch in self._sizes for size in of_batch])
+        ranks = self._ranks.size
+        return [pieces[first : first + ranks] for first in range(0, len(pieces), ranks)]
 
     # ---- passes --------------------------------------------------------------------------------------------------
 
     def losses(self, alpha: Tensor) -> Tensor:
-        """float64 ``[n]``: the loss of every batch (or sample) with the seeds at ``alpha [T]``; one forward pass each.
+        """float64 ``[n]``: the loss of every batch (or sample) with the seeds at ``alpha [T]``; one forward pass each. Batch
+        by batch, of each in rank order.
 
         Values of two calls belong together pair by pair, as long as no more are left out.
         """
@@ -252,18 +280,21 @@ class Measurement:
             self._set_alphas(self._pieces(alpha))
             nothing = alpha.new_empty(0, dtype=torch.float64)
             numbers = range(len(self._batches))
-            losses = [self._loss(number)[1] if self._takes_part(number) else nothing for number in numbers]
-            self._sizes = [len(of_batch) for of_batch in losses]
-            return torch.cat(losses)
+            own = [self._loss(number)[1] if self._takes_part(number) else nothing for number in numbers]
+            sizes = self._ranks.gather(torch.tensor([len(losses) for losses in own])).tolist()
+            of_ranks = zip(self._ranks.gather_lengths(torch.cat(own)), sizes, strict=True)
+            self._sizes = list(zip(*sizes, strict=True))
+            by_batch = zip(*(losses.split(of_batches) for losses, of_batches in of_ranks), strict=True)
+            return torch.cat([losses for of_batch in by_batch for losses in of_batch])
 
     def slopes(self, alphas: Sequence[Tensor]) -> Iterator[Slopes]:
-        """For each batch: its losses at the last of ``alphas``, and ``dL/dalpha`` of their mean at each of them.
+        """For each batch (of each rank): its losses at the last of ``alphas``, and ``dL/dalpha`` of their mean at each of them.
 
         ValueError in the end where no batch's loss depends on any of the layers.
         """
         leaves = [[piece.requires_grad_() for piece in self._pieces(alpha)] for alpha in alphas]
         reached = False
-        for number, kept in enumerate(self._kept):
+        for number in range(len(self._batches)):
             if not self._takes_part(number):
                 continue
             slopes = []
@@ -276,12 +307,21 @@ class Measurement:
                 slopes.append(
                     self.layout.join([zeros_if_none(slope, leaf) for slope, leaf in zip(found, at, strict=True)])
                 )
-            yield Slopes(losses, [slope.double() for slope in slopes], kept is None)
+            of_ranks = zip(
+                self._ranks.gather_lengths(losses),
+                self._ranks.gather(torch.stack(slopes).double()),
+                self._whole[number],
+                strict=True,
+            )
+            for of_losses, of_slopes, whole in of_ranks:
+                if len(of_losses):
+                    yield Slopes(of_losses, list(of_slopes), whole)
         if not reached:
             raise ValueError("loss_fn's loss depends on none of the layers: it must run them, and not under no_grad")
 
     def _takes_part(self, number: int) -> bool:
-        return self._kept[number] is None or bool(self._kept[number].any())
+        """Whether any rank needs the batch: a pass may be one of all ranks, as DDP and FSDP2 communicate in it."""
+        return any(self._some[number])
 
     def _pieces(self, alpha: Tensor) -> list[Tensor]:
         """Copies, of the dtype that the layers need."""
@@ -297,20 +337,13 @@ class Measurement:
         torch.set_rng_state(cpu)
         for index, state in zip(self._cuda, cuda, strict=True):
             torch.cuda.set_rng_state(state, index)
-        loss = self._loss_fn(self._batches[number])
+        loss = self._loss_fn(copied(self._batches[number]))
         if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.numel() == 0:
             what = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_fn must return a floating tensor, a loss or one for each sample, got {what}")
         if self._kept[number] is not None:
             loss = loss.flatten()[self._kept[number].to(loss.device)]
         return loss.mean(), loss.detach().to(self.layout.device, torch.float64).flatten()
-
-
-def _usable(batch: Any) -> Any:
-    """The batch itself or, with tensors made in inference mode, one with copies of them."""
-    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in tree_leaves(batch)):
-        return batch
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
 
 
 def zeros_if_none(gradient: Tensor | None, like: Tensor) -> Tensor:

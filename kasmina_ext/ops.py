@@ -7,9 +7,9 @@ compiled kernel. In each section: the public function, the fake function (shapes
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-from kasmina_ext import _autograd, _native, _validate, reference, reference_lifecycle
+from kasmina_ext import _autograd, _native, _validate, reference, reference_calibration, reference_lifecycle
 from kasmina_ext._schema import SCHEMAS
 
 _kasmina = torch.ops.kasmina
@@ -18,6 +18,14 @@ if not _native.available:
     _definitions = torch.library.Library("kasmina", "DEF")
     for _schema in SCHEMAS.values():
         _definitions.define(_schema)
+
+# Every forward and backward comes by: the look-ups are made once.
+_chunked_forward = _kasmina.chunked_forward.default
+_chunked_backward = _kasmina.chunked_backward.default
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_graph_task_id = torch._C._current_graph_task_id
+_alive = torch._C._functorch.unwrap_if_dead  # a tensor that a torch.func transform left behind, without its wrapper
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 # Kept alive: the registrations end with the object.
 _library = torch.library.Library("kasmina", "IMPL")
@@ -29,7 +37,8 @@ def _register(name: str, fallback, fake, autograd, versioned: tuple[int, ...] = 
     def no_vmap(*args, **kwargs):
         raise RuntimeError(
             f"kasmina::{name} cannot be vmapped: it has no batching rule, since its seeds belong to one layer; call it "
-            "on the whole batch"
+            "on the whole batch, or give the layer enable_triton=False (KasminaLayer: enable_kernels=False) and "
+            "telemetry=False"
         )
 
     _library.impl(name, fallback, "CompositeExplicitAutograd")
@@ -80,7 +89,19 @@ def chunked_forward(
 
     Differentiable once, in ``x``, ``alpha`` and ``blueprint_weights``. See :func:`kasmina_ext.reference.chunked_forward`.
     """
-    return _kasmina.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
+    if (
+        type(x) not in _PLAIN
+        or type(alpha) not in _PLAIN
+        or type(blueprint_weights) not in _PLAIN
+        or not _autograd.plain_eager()  # before what the compiler cannot trace
+        or _graph_task_id() != -1
+    ):
+        return _kasmina.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
+    # What the kernel at the Autograd key would do, without the way there: a third of the time of a small forward.
+    if is_grad_enabled() and (x.requires_grad or blueprint_weights.requires_grad or alpha.requires_grad):
+        x, alpha, weights = _alive(x), _alive(alpha), _alive(blueprint_weights)
+        return _autograd.apply_blend(_NATIVE, x, seed_offsets, state, alpha, weights, telemetry, grad_telemetry)
+    return _forward_below_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
 def _forward_fake(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
@@ -88,8 +109,9 @@ def _forward_fake(x, seed_offsets, state, alpha, blueprint_weights, telemetry, g
     return torch.empty_like(x)
 
 
-def _forward_below_autograd(*args):
-    return _below_autograd(_kasmina.chunked_forward.default, *args)
+def _forward_below_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry):
+    with _BelowAutograd():
+        return _chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
 def _raise_beyond(name: str, times: str):
@@ -109,7 +131,7 @@ def _forward_autograd(x, seed_offsets, state, alpha, blueprint_weights, telemetr
         # torch lets None pass for a tensor: the checks name it.
         _validate.chunked_forward(x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
     if telemetry.numel() and _autograd.recomputing(x):
-        telemetry = telemetry.new_empty(0)
+        telemetry = _autograd.nothing_like(telemetry)
     return _autograd.blend(_NATIVE, x, seed_offsets, state, alpha, blueprint_weights, telemetry, grad_telemetry)
 
 
@@ -172,7 +194,15 @@ def _backward_autograd(*args):
     return _without_derivative(_kasmina.chunked_backward.default, *args)
 
 
-_NATIVE = _autograd.Backend(_forward_below_autograd, _kasmina.chunked_backward, _forward_beyond)
+def _backward_once(*args):
+    """The derivative: below autograd at once where none of its own can follow."""
+    if is_grad_enabled() or not _autograd.plain_eager():
+        return _kasmina.chunked_backward(*args)
+    with _BelowAutograd():
+        return _chunked_backward(*args)
+
+
+_NATIVE = _autograd.Backend(_forward_below_autograd, _backward_once, _forward_beyond)
 
 
 # ---- telemetry_update ------------------------------------------------------------------------------------------------
@@ -289,7 +319,7 @@ def _reconstruction_backward_fake(grad_loss, x, target, seed_offsets, state, blu
     return blueprint_weights.new_empty(blueprint_weights.shape)
 
 
-class _Reconstruction(_autograd.SingleLevelFunction):
+class KasminaReconstructionLoss(_autograd.SingleLevelFunction):
     @staticmethod
     def forward(ctx, x, target, seed_offsets, state, blueprint_weights):
         ctx.save_for_backward(x, target, seed_offsets, state, blueprint_weights)
@@ -309,12 +339,24 @@ def _reconstruction_autograd(x, target, seed_offsets, state, blueprint_weights):
     if _autograd.beyond_one_backward(blueprint_weights):
         _raise_beyond("reconstruction_loss", "once, backward, in the bank")
     if blueprint_weights.requires_grad and torch.is_grad_enabled():
-        return _Reconstruction.apply_any_level(*args)
+        return KasminaReconstructionLoss.apply_any_level(*args)
     return _below_autograd(_kasmina.reconstruction_loss.default, *args)
 
 
 def _reconstruction_backward_autograd(*args):
     return _without_derivative(_kasmina.reconstruction_loss_backward.default, *args)
+
+
+# ---- pair_moments ----------------------------------------------------------------------------------------------------
+
+
+def pair_moments(x: Tensor, t: Tensor, moments: Tensor) -> None:
+    """Join the pairs of each feature into ``moments [H, 6]``. See :func:`kasmina_ext.reference_calibration.pair_moments`."""
+    _kasmina.pair_moments(x, t, moments)
+
+
+def _pair_moments_autograd(x, t, moments):
+    _below_autograd(_kasmina.pair_moments.default, x, t, moments)
 
 
 _register("chunked_forward", reference.forward_op, _forward_fake, _forward_autograd)
@@ -339,3 +381,4 @@ _register(
     _reconstruction_backward_fake,
     _reconstruction_backward_autograd,
 )
+_register("pair_moments", reference_calibration.pair_moments, _validate.pair_moments, _pair_moments_autograd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from kasmina_ext.bank import BlueprintBank
+from kasmina_ext.handle import SeedHandle
 from kasmina_ext.lifecycle import begins_or_ends
+from kasmina_ext.placement import write
 from kasmina_ext.seed_arguments import SeedIds
 from kasmina_ext.state_layout import HISTORY_LENGTH
 
@@ -23,10 +25,11 @@ if TYPE_CHECKING:
 
 
 def param_groups(
-    model: nn.Module, lr: float | Tensor | None = None, weight_decay: float | None = None
+    model: nn.Module | SeedHandle, lr: float | Tensor | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Parameter groups for any optimizer: the banks of all layers in ``model`` without weight decay, then all the rest.
 
+    ``model`` may be a handle on seeds, which stands for the modules that it was made of.
     Only parameters that require a gradient, each once; a group that would be empty is left out.
     ``lr`` goes into both groups and ``weight_decay`` into the second; None leaves the optimizer's
     default. Decay would pull every blueprint to 0, which is neutral for none but ADDITIVE, and
@@ -36,16 +39,19 @@ def param_groups(
     trains its bank, :func:`reset_optimizer_state` runs first for the seeds whose blueprint began
     (GERMINATED) or ended (FOSSILIZED, CULLED, CANCELLED, ROLLED_BACK) since the step before, and what
     ``.grad`` has of them from before is not applied any more. (Not inside a compiled step or a CUDA
-    graph: there call it yourself.)
+    graph, nor for states that DDP's broadcast of buffers brought: there call it yourself.)
 
     Adam counts its steps for a whole bank, not for a seed: where a seed germinates late, moments
     start at 0 without the correction that a new optimizer makes, and with betas (0.9, 0.999) the
     seed's first steps are three to six times ``lr``. Where that is too much, give the banks' group
     ``betas=(0.9, 0.95)``, with which no step of a steady gradient is much longer than ``lr``.
     """
-    banks = [module.blueprint_weights for module in model.modules() if isinstance(module, BlueprintBank)]
+    roots = list(model.roots.values()) if isinstance(model, SeedHandle) else [model]
+    if not all(isinstance(root, nn.Module) for root in roots):
+        raise TypeError(f"model must be a torch.nn.Module or a handle on seeds, got {type(model).__name__}")
+    banks = [each.lasting_bank for root in roots for each in root.modules() if isinstance(each, BlueprintBank)]
     taken = {id(bank) for bank in banks}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    rest = [parameter for root in roots for parameter in root.parameters() if id(parameter) not in taken]
     groups = [
         {"params": _trained(banks), "lr": lr, "weight_decay": 0.0},
         {"params": _trained(rest), "lr": lr, "weight_decay": weight_decay},
@@ -53,11 +59,14 @@ def param_groups(
     return [{key: value for key, value in group.items() if value is not None} for group in groups if group["params"]]
 
 
-def reset_optimizer_state(optimizer: Optimizer, seed_ids: SeedIds, layer: KasminaLayer | None = None) -> None:
+def reset_optimizer_state(
+    optimizer: Optimizer, seed_ids: SeedIds, layer: KasminaLayer | SeedHandle | None = None
+) -> None:
     """Zero what ``optimizer`` remembers of the blueprints that these seeds of ``layer`` use.
 
     See :meth:`KasminaLayer.reset_optimizer_state`, which this calls. ``layer`` may be left out where
-    the optimizer trains the bank of one layer only.
+    the optimizer trains the bank of one layer only; it may be a handle on the seeds of several, which
+    then are its numbers.
     """
     if layer is None:
         trained = [layer for layer in list(_looked_after) if _trains(optimizer, layer)]
@@ -81,6 +90,8 @@ class _Seen(NamedTuple):
     """Identity of the parameter."""
     trained: int
     """Parameters of the optimizer."""
+    loaded: Tensor | None
+    """The layer's mark of the last load: what was loaded has a past of its own."""
     state: ref[Tensor] | None
     """None: the optimizer does not train the bank."""
     version: int | float | None
@@ -89,6 +100,7 @@ class _Seen(NamedTuple):
 
 
 _looked_after: WeakKeyDictionary[KasminaLayer, WeakKeyDictionary[Optimizer, _Seen]] = WeakKeyDictionary()
+_saved_in_time: WeakSet[Optimizer] = WeakSet()
 
 
 def look_after(layer: KasminaLayer) -> None:
@@ -100,11 +112,13 @@ def look_after(layer: KasminaLayer) -> None:
 @functools.cache
 def _listen() -> RemovableHandle:
     """One hook for all optimizers: there is no telling which will train a layer."""
-    return register_optimizer_step_pre_hook(_before_step)
+    return register_optimizer_step_pre_hook(settle)
 
 
-def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """At each step of any optimizer: a few comparisons, and work only for layers whose state was written."""
+def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
+    """Do what :func:`param_groups` promises of a step. Called before each step of any optimizer: a few comparisons, and
+    work only for layers whose state was written.
+    """
     if torch.compiler.is_compiling():
         return
     trained = sum([len(group["params"]) for group in optimizer.param_groups])
@@ -113,22 +127,40 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if layer is None:
             continue
         seen = _looked_after[layer]
-        bank, state = layer._parameters.get("blueprint_weights"), layer._buffers["state"]
-        last = seen.get(optimizer)
-        if last is not None and last.bank == id(bank) and last.trained == trained:
+        bank, state = layer.own_bank, layer._buffers["state"]
+        last, loaded = seen.get(optimizer), layer._loaded_history_count
+        known = last is not None and last.bank == id(bank) and last.loaded is loaded
+        if known and last.trained == trained:
             if last.state is None or (last.state() is state and last.version == _version(state)):
                 continue
         if not _trains(optimizer, layer):
-            seen[optimizer] = _Seen(id(bank), trained, None, None, None)
+            seen[optimizer] = _Seen(id(bank), trained, loaded, None, None, None)
             continue
+        if optimizer not in _saved_in_time:
+            # What is due at the next step must not be forgotten when the run goes on elsewhere.
+            optimizer.register_state_dict_pre_hook(settle)
+            _saved_in_time.add(optimizer)
         if state.is_cuda and torch.cuda.is_current_stream_capturing():
             continue
         count = layer._buffers["history_count"]
-        known = last is not None and last.bank == id(bank) and last.history_count is not None
-        since = last.history_count.to(count.device, non_blocking=True) if known else count
+        since = last.history_count if known and last.history_count is not None else loaded
+        since = count if since is None else since.to(count.device, non_blocking=True)
+        layer.check_own_bank()
         layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
         layer.forget_gradient(begins_or_ends(layer.lifecycle_states))
-        seen[optimizer] = _Seen(id(bank), trained, ref(state), _version(state), count.clone())
+        seen[optimizer] = _Seen(id(bank), trained, loaded, ref(state), _version(state), count.clone())
+
+
+def forget(layer: KasminaLayer) -> None:
+    """Zero the ``.grad`` of the layer's bank, and what all optimizers that have trained it remember of it: other seeds have
+    taken the place of those that these were of. Allocates nothing, and does not wait for the device.
+    """
+    for optimizer, seen in list(_looked_after.get(layer, {}).items()):
+        if seen.state is not None:
+            for moment in layer.moments(optimizer):
+                write(moment, 0.0)
+    if layer.gathers_gradient:
+        write(layer.lasting_bank.grad, 0.0)
 
 
 def _version(state: Tensor) -> int | float:
@@ -137,7 +169,7 @@ def _version(state: Tensor) -> int | float:
 
 
 def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
-    bank = layer._parameters.get("blueprint_weights")
+    bank = layer.own_bank
     if bank is None:
         return False
     return any(parameter is bank for group in optimizer.param_groups for parameter in group["params"])

@@ -107,6 +107,9 @@ class GrowthConfig:
         return plain | {"rules": None if self.rules is None else self.rules.tensor.tolist()}
 
 
+_INT64_MAX = 2**63 - 1
+
+
 def checked_budget(budget: float | int) -> float | int:
     """The budget, as a Python number; ValueError for a share outside [0, 1] or a number below 0."""
     if not isinstance(budget, bool) and hasattr(budget, "__index__"):
@@ -115,8 +118,8 @@ def checked_budget(budget: float | int) -> float | int:
         checked = float(budget)
     else:
         raise ValueError(f"budget must be a share or an integer, got {budget!r}")
-    if not (checked >= 0 and (isinstance(checked, int) or checked <= 1)):
-        raise ValueError(f"budget must be a share in [0, 1] or an integer of at least 0, got {budget!r}")
+    if not 0 <= checked <= (_INT64_MAX if isinstance(checked, int) else 1):
+        raise ValueError(f"budget must be a share in [0, 1] or an integer of at least 0 (int64), got {budget!r:.80}")
     return checked
 
 

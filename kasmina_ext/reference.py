@@ -18,6 +18,7 @@ Every function raises ``RuntimeError`` for a wrong dtype, device, rank or length
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -32,6 +33,8 @@ MULTIPLICATIVE, ADDITIVE, MIXED, AFFINE = range(4)
 
 # A merge reads and writes: two threads on one accumulator would lose a batch.
 _merging = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a fork in the middle of a merge would leave it locked for ever in the child
+    os.register_at_fork(before=_merging.acquire, after_in_parent=_merging.release, after_in_child=_merging.release)
 
 
 class Features(NamedTuple):
@@ -115,6 +118,18 @@ def _intercept(f: Features) -> Tensor:
     b = torch.where(f.strategy == ADDITIVE, f.alpha * f.w, -0.0)
     b = torch.where(f.strategy == MIXED, f.alpha * f.w / 2, b)
     return torch.where(f.strategy == AFFINE, f.alpha * f.v, b)
+
+
+def coefficients(
+    seed_offsets: Tensor, state: Tensor, alpha: Tensor, blueprint_weights: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``a [H]`` and ``b [H]`` of ``y = a x + b``, with the bits that the forward uses for an ``x`` of ``dtype``.
+
+    Of the accumulation type. a = 1 and b = -0.0 where no seed is grafted; a zero b is always -0.0.
+    """
+    f = _features(seed_offsets, state, alpha, blueprint_weights, accumulation_dtype(dtype))
+    b = torch.where(f.grafted, _intercept(f), -0.0)
+    return torch.where(f.grafted, _slope(f), 1.0), torch.where(b == 0, -0.0, b)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

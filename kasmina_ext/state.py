@@ -67,6 +67,15 @@ _RANGES = {
     StateVar.ERROR_COUNT: (0, INT32_MAX),
 }
 
+
+def state_range(variable: StateVar, num_blueprints: int | None = None) -> tuple[int, int]:
+    """Least and greatest value of a variable, in a layer with so many rows in its bank where that is known."""
+    low, high = _RANGES[variable]
+    if variable is StateVar.BLUEPRINT_ID and num_blueprints is not None:
+        high = num_blueprints - 1
+    return low, high
+
+
 ANY_TRANSITION = TransitionRules.any()
 STRICT = TransitionRules.strict()
 # Columns of a batched request's values, and the bits of its mask.
@@ -398,9 +407,7 @@ class ExtendedStateTensor:
         if values.dtype == torch.bool:
             raise TypeError(f"{variable.name} must be integers, got bool")
         values = values.long()  # a comparison in a narrower type would wrap
-        low, high = _RANGES[variable]
-        if variable is StateVar.BLUEPRINT_ID and self._num_blueprints is not None:
-            high = self._num_blueprints - 1
+        low, high = state_range(variable, self._num_blueprints)
         wrong = (values < low) | (values > high)
         if wrong.any():
             raise ValueError(f"{variable.name} must be in [{low}, {high}], got {int(values[wrong][0])}")

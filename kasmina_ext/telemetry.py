@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kasmina_ext import ops
 from kasmina_ext.grafting import GraftingStrategy
+from kasmina_ext.handle import SeedHandle
 from kasmina_ext.state_layout import StateVar
 
 if TYPE_CHECKING:
@@ -56,14 +57,18 @@ def legacy_buffer(telemetry: Tensor) -> Tensor:
     return torch.stack((mean * count, m2 + count * mean * mean, count, batches), 1).float()
 
 
-def potential(layer: KasminaLayer, since: Tensor | None = None) -> Tensor:
-    """float64 ``[S]``: how much a neutral blueprint in each seed would receive of the gradient, per backward pass.
+def potential(layer: KasminaLayer | SeedHandle, since: Tensor | None = None) -> Tensor:
+    """float64 ``[S]`` (of a handle ``[T]``): how much a neutral blueprint in each seed would receive of the gradient, per backward pass.
 
     The sum of u^2 for MULTIPLICATIVE seeds, of v^2 for ADDITIVE and MIXED ones, both for AFFINE:
     seeds germinate in the order of it. NaN where not measured (no backward pass yet, or telemetry
     off) and for an unknown strategy. ``since`` is an earlier copy of the layer's ``grad_telemetry``:
-    what it held already does not count, unless the telemetry was reset in between.
+    what it held already does not count, unless the telemetry was reset in between (not for a handle).
     """
+    if isinstance(layer, SeedHandle):
+        if since is not None:
+            raise TypeError("since is of one layer: ask for the potential of each")
+        return layer.potential()
     seen = layer._buffers["grad_telemetry"]
     if since is not None:
         backwards = GradTelemetryColumn.BACKWARDS

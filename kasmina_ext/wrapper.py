@@ -9,6 +9,23 @@ import torch
 from torch import Tensor, nn
 
 
+def _nothing(module: nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook that does nothing."""
+
+
+class CallsOnly(nn.Module):
+    """Never called: it is found in a tree of modules, and says there that modules have to be called.
+
+    nn.TransformerEncoderLayer hands the weights of its parts to one fused kernel, in evaluation without gradients,
+    instead of calling them; not so where a module below it has a forward hook. A hook on the wrapper itself would do,
+    and cost a microsecond in every call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_hook(_nothing)
+
+
 class TransparentWrapper(nn.Module):
     """Attributes that this module lacks come from ``base_layer``; its own buffers follow devices only.
 
@@ -18,6 +35,12 @@ class TransparentWrapper(nn.Module):
 
     BUFFER_DTYPES: ClassVar[dict[str, torch.dtype]] = {}
     OWN_NAMES: ClassVar[frozenset[str]] = frozenset()
+    PRIVATE_NAMES: ClassVar[frozenset[str]] = frozenset({"_qkv_same_embed_dim"})
+    """Of the base layer too, though private: nn.TransformerEncoderLayer asks its attention for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls_only = CallsOnly()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -25,7 +48,7 @@ class TransparentWrapper(nn.Module):
         except AttributeError as missing:
             # Private names describe the module itself; copy and pickle ask before there is a base.
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name.startswith("_"):
+            if base is None or (name.startswith("_") and name not in self.PRIVATE_NAMES):
                 raise
             try:
                 return getattr(base, name)

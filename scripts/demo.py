@@ -14,7 +14,6 @@ import argparse
 import copy
 import dataclasses
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ except ModuleNotFoundError:  # not installed: run from the checkout
     sys.path.insert(0, str(ROOT))
 
 import demo_task as task  # noqa: E402
+import evidence  # noqa: E402
 import torch  # noqa: E402
 from demo_grow import Growth, grow  # noqa: E402
 from demo_journal import Journal, JournalError  # noqa: E402
@@ -242,17 +242,8 @@ def configuration(options: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(options.device) if on_gpu else str(options.device),
         "torch": torch.__version__,
         "kernels": "compiled" if compiled else f"reference ({reason})",
-        "commit": commit(),
+        "commit": evidence.commit(),
     }
-
-
-def commit() -> str:
-    """Which version this is; "unknown" outside a git checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from kasmina_ext import ExtendedLifecycle, GrowthConfig, GrowthController, KasminaLayer, default_policy, param_groups
 from kasmina_ext.policy import Policy
+from kasmina_ext.seed_record import SeedHistory, SeedRecord
 
 CHUNK = 8  # features per seed: 12 seeds around each of the four layers of 96
 
@@ -74,6 +75,7 @@ class Grown:
     parameters: int
     lifecycles: list[str] = field(repr=False)
     """One string per tick, one hexadecimal digit per seed: its state."""
+    history: SeedHistory = field(repr=False)
 
 
 def wrap(network: nn.Sequential) -> nn.Sequential:
@@ -95,6 +97,7 @@ def grow(network: nn.Sequential, data: Data, how: Growth, *, seed: int, on_step:
     grown = wrap(network)
     layers = hidden(grown)
     optimizer = torch.optim.AdamW(param_groups(grown), lr=LEARNING_RATE)
+    record = SeedRecord(grown)
     control = GrowthController(
         grown,
         optimizer,
@@ -104,6 +107,7 @@ def grow(network: nn.Sequential, data: Data, how: Growth, *, seed: int, on_step:
         z=how.z,
         seed=seed,
         policy=POLICIES[how.by],
+        record=record,
     )
     held_out = list(zip(*(part.split(HELD_OUT_BATCH) for part in data.held), strict=True))
 
@@ -124,7 +128,7 @@ def grow(network: nn.Sequential, data: Data, how: Growth, *, seed: int, on_step:
             lifecycles.append(snapshot(layers))
 
     kept = sum(ExtendedLifecycle.GRAFTING <= int(state, 16) <= ExtendedLifecycle.FOSSILIZED for state in lifecycles[-1])
-    return Grown(grown, accuracy(grown, data.test), kept, kept * CHUNK, lifecycles)
+    return Grown(grown, accuracy(grown, data.test), kept, kept * CHUNK, lifecycles, record.history())
 
 
 def snapshot(layers: list[KasminaLayer]) -> str:

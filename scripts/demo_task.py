@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from damage import prune_, quantize_, random_gains, scale_outputs_
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,12 +43,11 @@ class Data:
 
     def rotated(self) -> Data:
         """The same images, turned by 90 degrees: a new task for a network that knows the old one."""
+        return self.seen_through(lambda images: images.unflatten(1, (8, 8)).rot90(1, (1, 2)).flatten(1))
 
-        def turn(part: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            images, digits = part
-            return images.unflatten(1, (8, 8)).rot90(1, (1, 2)).flatten(1), digits
-
-        return Data(turn(self.train), turn(self.held), turn(self.test))
+    def seen_through(self, change: Callable[[Tensor], Tensor]) -> Data:
+        """The same digits, their images changed."""
+        return Data(*((change(images), digits) for images, digits in (self.train, self.held, self.test)))
 
 
 def load(seed: int, device: torch.device) -> Data:
@@ -97,7 +97,6 @@ def accuracy(network: nn.Module, part: tuple[Tensor, Tensor]) -> float:
 # ---- damage --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def damage(network: nn.Sequential, kind: str, seed: int) -> None:
     """Harm the hidden layers in place.
 
@@ -107,17 +106,12 @@ def damage(network: nn.Sequential, kind: str, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in hidden(network):
-        weight = layer.weight
         if kind == "prune":
-            smallest = weight.abs().flatten().argsort()[: round(PRUNED * weight.numel())]
-            weight.view(-1)[smallest] = 0
+            prune_(layer.weight, PRUNED)
         elif kind == "quantize":
-            step = weight.abs().max() / 1.5
-            weight.copy_(((weight / step - 0.5).round().clamp(-2, 1) + 0.5) * step)
+            quantize_(layer.weight, 2)
         elif kind == "drift":
-            gain = torch.randn(WIDTH, generator=generator).exp().to(weight.device)
-            weight.mul_(gain[:, None])
-            layer.bias.mul_(gain)
+            scale_outputs_(layer, random_gains(WIDTH, generator).to(layer.weight.device))
         else:
             raise ValueError(f"unknown damage {kind!r}; known are {', '.join(DAMAGES)}")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_CHECK = ROOT / "benchmarks/results/gpu_check.json"
+STACKS = ROOT / "benchmarks/results/stacks.json"
 
 _FOLDERS = ("csrc", "kasmina_ext", "tests")
 _SUFFIXES = {".c", ".h", ".cu", ".cuh", ".cpp", ".py"}
@@ -64,6 +66,17 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return ""
+
+
+def commit() -> str:
+    """Which version this is; where sources travel without their history, KASMINA_COMMIT says it, else a hash of them."""
+    if named := os.environ.get("KASMINA_COMMIT"):
+        return named
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"(sources {source_hash()[:12]})"
 
 
 def write_json(path: Path, record: dict) -> None:

@@ -31,7 +31,6 @@ except ModuleNotFoundError:  # not installed: run from the checkout
 
 import evidence  # noqa: E402
 import torch  # noqa: E402
-from demo import commit  # noqa: E402
 from demo_journal import Journal, JournalError  # noqa: E402
 from demo_report import into_readme  # noqa: E402
 from growth_experiments import DAMAGES, EXPERIMENTS, QUICK, Sizes  # noqa: E402
@@ -104,10 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     sizes = QUICK if options.quick else Sizes()
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(sizes).items()}
-    version = commit()
-    if version == "unknown":
-        version = f"(sources {evidence.source_hash()[:12]})"
-    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": version}
+    config = {"seeds": options.seeds, "sizes": plain, "torch": torch.__version__, "commit": evidence.commit()}
     try:
         journal = Journal(options.work, config, resume=options.resume)
     except JournalError as error:

@@ -14,6 +14,7 @@ from typing import Any
 import demo_task as task
 import numpy as np
 import torch
+from damage import scale_outputs_
 from demo_grow import CHUNK, HELD_OUT_BATCH, LEARNING_RATE, Growth, grow, wrap
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -72,9 +73,7 @@ def damaged(kind: str, seed: int, steps: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     for layer in task.hidden(network):
         faded = torch.rand(task.WIDTH // CHUNK, generator=generator) < FADED
-        gain = torch.where(faded, FADED_TO, 1.0).repeat_interleave(CHUNK)
-        layer.weight.mul_(gain[:, None])
-        layer.bias.mul_(gain)
+        scale_outputs_(layer, torch.where(faded, FADED_TO, 1.0).repeat_interleave(CHUNK))
     return network
 
 

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stacks
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import evidence  # noqa: E402
 
 HAS_CUDA = torch.cuda.is_available()
+torch.backends.cudnn.allow_tf32 = False  # convolutions with all of float32's digits
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitizer: small cases of the kernels, also run under compute-sanitizer")
+    stacks.register(config)
 
 
 @pytest.fixture(
@@ -37,6 +40,12 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """An address in a name differs from process to process: they would not agree on what there is to run."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"tests are named by an address: {named}")
 
 
 def pytest_report_header() -> list[str]:

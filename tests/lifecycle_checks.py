@@ -1,4 +1,4 @@
-"""What the tests of the lifecycle's operators share: where a backend keeps an operator, and the largest of calls."""
+"""What the tests of the operators of the lifecycle and of calibration share: where a backend keeps an operator, and the largest of calls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 import checks
 import torch
 
-from kasmina_ext import ops, reference, reference_lifecycle
+from kasmina_ext import ops, reference, reference_calibration, reference_lifecycle
 
-HOMES = {"ops": (ops, torch.ops.kasmina), "reference": (reference, reference_lifecycle)}
+HOMES = {"ops": (ops, torch.ops.kasmina), "reference": (reference, reference_lifecycle, reference_calibration)}
 
 
 def function(backend: str, op: str) -> Callable:
-    """An operator of a backend: the reference's lie in two modules, and `ops` has no functions for derivatives."""
+    """An operator of a backend: the reference's lie in three modules, and `ops` has no functions for derivatives."""
     return next(getattr(home, op) for home in HOMES[backend] if hasattr(home, op))
 
 

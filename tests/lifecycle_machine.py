@@ -9,6 +9,7 @@ import copy
 import io
 
 import lifecycle_model as model
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -267,7 +268,12 @@ class LifecycleMachine(RuleBasedStateMachine):
     @rule(assign=st.booleans())
     def load(self, assign: bool) -> None:
         states, seeds, bank = self.saved
-        self.layer.load_state_dict({name: tensor.clone() for name, tensor in states.items()}, assign=assign)
+        states = {name: tensor.clone() for name, tensor in states.items()}
+        if any(s.lifecycle not in range(model.STATES) or not -1 <= s.blueprint < BLUEPRINTS for s in seeds):
+            with pytest.raises(RuntimeError, match='"state" must be in'):  # then nothing changes
+                self.layer.load_state_dict(states, assign=assign)
+            return
+        self.layer.load_state_dict(states, assign=assign)
         self.seeds, self.bank = copy.deepcopy(seeds), copy.deepcopy(bank)
 
     # ---- what must hold ----

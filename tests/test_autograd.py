@@ -10,6 +10,9 @@ import pytest
 import torch
 from cases import Case, build
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kasmina_ext import ops, reference
 
@@ -78,6 +81,10 @@ def leaves_of(case: Case, device):
 SMALL = Case((12, 40), 6, states="grafted", telemetry="fresh")
 
 
+@pytest.mark.stack(
+    "devices and threads: second derivatives",
+    refused="RuntimeError: no derivative of its own; the reference has (enable_kernels=False)",
+)
 def test_second_derivative_names_the_way_out(device):
     inputs = leaves_of(SMALL, device)
     (dx,) = torch.autograd.grad(run("ops", inputs).square().sum(), inputs.x, create_graph=True)
@@ -176,6 +183,7 @@ def test_writing_through_a_view_of_the_state_is_a_change_too(backend, device):
         y.sum().backward()
 
 
+@pytest.mark.stack("devices and threads: inference_mode and no_grad")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @checks.backends
 def test_without_a_graph(backend, device, mode):
@@ -189,6 +197,7 @@ def test_without_a_graph(backend, device, mode):
     assert torch.equal(inputs.telemetry[:, 3], before + 1)
 
 
+@pytest.mark.stack("devices and threads: inference_mode and no_grad")
 @checks.backends
 def test_tensors_of_inference_mode(backend, device):
     """Buffers made in inference mode take telemetry there."""
@@ -235,6 +244,7 @@ def test_saved_tensor_hooks(backend, device):
     assert any(t.shape == inputs.x.shape for t in packed)
 
 
+@pytest.mark.stack("devices and threads: torch.func.grad")
 @checks.backends
 def test_func_grad(backend, device):
     """torch.func.grad gives what autograd gives."""
@@ -250,6 +260,7 @@ def test_func_grad(backend, device):
         assert checks.same_bits(got, leaf.grad)
 
 
+@pytest.mark.stack("devices and threads: functional_call")
 @checks.backends
 def test_functional_call(backend, device):
     """Per-parameter gradients through a module, as torch.func users write them."""
@@ -273,6 +284,82 @@ def test_functional_call(backend, device):
     assert checks.same_bits(grads["weights"], module.weights.grad)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", [SMALL, Case((3, 5, 40), 6, dtype=torch.bfloat16, telemetry="fresh")], ids=str)
+def test_the_way_past_the_dispatcher_has_the_operators_bits(device, case, grad):
+    ways = []
+    for chunked_forward in (ops.chunked_forward, torch.ops.kasmina.chunked_forward):
+        inputs = leaves_of(case, device)
+        with torch.set_grad_enabled(grad):
+            y = chunked_forward(inputs.x, *inputs.seeds, inputs.telemetry, inputs.grad_telemetry)
+        assert y.requires_grad is grad
+        if grad:
+            y.backward(inputs.grad_y)
+        ways.append((y, inputs.telemetry, inputs.grad_telemetry, inputs.x.grad, inputs.weights.grad, inputs.alpha.grad))
+    for one, other in zip(*ways, strict=True):
+        assert one is other is None if not grad and one is None else checks.same_bits(one, other)
+
+
+class SeenByDispatch(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeenByFunction(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, torch._ops.OpOverloadPacket):
+            self.names.append(func._qualified_op_name)
+            assert any(arg.requires_grad for arg in args), "the operator as the user calls it, not its inside"
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_operator(device):
+    """Modes and tracers, though an unwatched call goes another way."""
+    inputs = leaves_of(SMALL, device)
+    with SeenByDispatch() as seen:
+        run("ops", inputs).sum().backward()
+    assert [name for name in seen.names if "kasmina" in name] == [
+        "kasmina::chunked_forward",
+        "kasmina::chunked_backward",
+    ]
+    with SeenByFunction() as seen:
+        run("ops", inputs)
+    assert seen.names == ["kasmina::chunked_forward"]
+    graph = make_fx(lambda x: run("ops", inputs, x=x))(inputs.x).graph
+    assert torch.ops.kasmina.chunked_forward.default in [node.target for node in graph.nodes]
+    constants = build(SMALL, device)
+    traced = torch.jit.trace(lambda x: run("ops", constants, x=x), inputs.x, check_trace=False)
+    assert "kasmina::chunked_forward" in [node.kind() for node in traced.inlined_graph.nodes()]
+
+
+def test_a_tensor_that_a_transform_left_behind(device):
+    """It is the tensor that it wrapped: its graph of the transform is gone."""
+    inputs, left = leaves_of(SMALL, device), []
+
+    def leave(x):
+        left.append(x * 2)
+        return left[0].sum()
+
+    torch.func.grad(leave)(inputs.x.detach())
+    run("ops", inputs, x=left[0]).backward(inputs.grad_y)
+    expected = leaves_of(SMALL, device)
+    run("ops", expected, x=expected.x.detach() * 2).backward(inputs.grad_y)
+    assert checks.same_bits(inputs.weights.grad, expected.weights.grad)
+
+
+@pytest.mark.stack(
+    "devices and threads: vmap",
+    refused="RuntimeError: cannot be vmapped; the reference can (enable_kernels=False, telemetry=False)",
+)
 def test_vmap_is_refused(device):
     inputs = build(Case((5, 12, 40), 6), device)
     with pytest.raises(RuntimeError, match="chunked_forward.*vmap"):

@@ -1,7 +1,8 @@
-"""The table of test_bad_input.py for the lifecycle's operators: each argument wrong in each way."""
+"""The table of test_bad_input.py for the operators of the lifecycle and of calibration: each argument wrong in each way."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -17,7 +18,8 @@ from test_bad_input import Bad, _meta, _shaped, _to
 from torch import Tensor
 
 H, S, U = 12, 3, 4
-OPERATORS = ("state_update", "lifecycle_step", "reconstruction_loss", "reconstruction_loss_backward")
+WITH_OFFSETS = ("reconstruction_loss", "reconstruction_loss_backward")
+OPERATORS = ("state_update", "lifecycle_step", "pair_moments", *WITH_OFFSETS)
 
 
 def good_arguments(op: str, device: torch.device) -> dict[str, object]:
@@ -28,6 +30,10 @@ def good_arguments(op: str, device: torch.device) -> dict[str, object]:
         loss = {} if op == "reconstruction_loss" else {"grad_loss": torch.ones(S, device=device)}
         seeds = dict(seed_offsets=inputs.offsets, state=inputs.state, blueprint_weights=inputs.weights)
         return {**loss, "x": inputs.x, "target": inputs.grad_y, **seeds}
+    if op == "pair_moments":
+        inputs = build(Case((5, 4, H), S), device)
+        moments = torch.arange(6.0 * H, dtype=torch.float64, device=device).view(H, 6)
+        return {"x": inputs.x, "t": inputs.grad_y, "moments": moments}
     tensors = model.random_tensors(S, np.random.default_rng(0), device)
     lived = dict(zip(("state", "history", "history_count"), tensors.lived, strict=True))
     if op == "lifecycle_step":
@@ -101,6 +107,18 @@ def _stepped() -> list[Bad]:
     return bad
 
 
+def _paired() -> list[Bad]:
+    op, must = "pair_moments", r"have shape \[H, 6\] = \[12, 6\]"
+    bad = bad_input._activations(op, "t")
+    bad += [dataclasses.replace(b, argument="t") for b in bad_input._grad_y(op)]
+    bad += [Bad(op, "x", "fewer rows", lambda t: t[:4], r"have shape of x = \[4, 4, 12\]", "", "t")]
+    bad += [Bad(op, "x", "bfloat16", _to(torch.bfloat16), "be bfloat16", "float32", "t")]
+    bad += _typed(op, "moments", "x", torch.float32, torch.int64, dtype="float64")
+    for shape in ((H, 5), (H, 7), (H - 1, 6), (H + 1, 6), (6, H), (6 * H,), (1, H, 6), (0,), ()):
+        bad.append(Bad(op, "moments", str(list(shape)), _shaped(*shape), must, re.escape(str(list(shape)))))
+    return [*bad, Bad(op, "moments", "not contiguous", _loose, "be contiguous", "strides")]
+
+
 def _reconstructed(op: str) -> list[Bad]:
     first = "grad_loss" if op.endswith("backward") else "target"
     bad = [b for b in bad_input._activations(op, "target") if b.what != "fewer features"]
@@ -125,10 +143,11 @@ TABLE = [
     *_requests(),
     *_lived("lifecycle_step"),
     *_stepped(),
+    *_paired(),
     *_reconstructed("reconstruction_loss"),
     *_reconstructed("reconstruction_loss_backward"),
 ]
-VALUES = [bad for op in OPERATORS[2:] for bad in bad_input._offset_values(op) if bad.argument == "seed_offsets"]
+VALUES = [bad for op in WITH_OFFSETS for bad in bad_input._offset_values(op) if bad.argument == "seed_offsets"]
 
 
 def check(bad: Bad, backend: str, device: torch.device, change: Callable | None = None) -> str:
@@ -224,7 +243,7 @@ def test_good_calls_leak_nothing(backend, device, op):
     if op == "state_update":
         big |= {name: big[name].repeat(10_000, *[1] * (big[name].dim() - 1)) for name in ("seed_ids", "values", "mask")}
     elif "x" in big:
-        big |= {name: big[name].repeat(1000, 1, 1) for name in ("x", "target")}
+        big |= {name: big[name].repeat(1000, 1, 1) for name in ("x", "t", "target") if name in big}
     call(*big.values())
     before = bad_input.held_bytes(device)
     for _ in range(300 if checks.compiled(backend, device) else 30):
@@ -239,7 +258,7 @@ def test_good_calls_leak_nothing(backend, device, op):
 def test_bad_offsets_on_cuda_stay_inside_memory(values):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    for op in OPERATORS[2:]:
+    for op in WITH_OFFSETS:
         arguments = good_arguments(op, torch.device("cuda"))
         arguments["seed_offsets"] = torch.tensor(values, dtype=torch.int32, device="cuda")
         function("ops", op)(*arguments.values())

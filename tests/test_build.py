@@ -163,22 +163,24 @@ def wheel_names(tree: Path, folder: Path, **environment: str) -> tuple[str, set[
     return wheel.name, set(zipfile.ZipFile(wheel).namelist()), run.stdout
 
 
-def python_files(tree: Path) -> set[str]:
-    return {path.relative_to(tree).as_posix() for path in (tree / "kasmina_ext").rglob("*.py")}
+def package_files(tree: Path) -> set[str]:
+    """Python, and what the page of seeds is made of."""
+    package = tree / "kasmina_ext"
+    return {path.relative_to(tree).as_posix() for path in (*package.rglob("*.py"), *package.glob("plots/page.*"))}
 
 
 def test_wheel(tree, built, tmp_path):
     name, content, _ = wheel_names(tree, tmp_path)
     assert name == f"kasmina_ext-{kasmina_ext.__version__}-cp310-abi3-linux_x86_64.whl"
     package = {entry for entry in content if ".dist-info/" not in entry}
-    assert package == python_files(tree) | {"kasmina_ext/_C.abi3.so"}
+    assert package == package_files(tree) | {"kasmina_ext/_C.abi3.so"}
     assert {"kasmina_ext/_schema.py", "kasmina_ext/_build.py"} <= package
 
 
 def test_without_a_compiler_there_is_a_pure_wheel(tree, built, tmp_path):
     name, content, output = wheel_names(tree, tmp_path, CC="/nowhere/cc")
     assert name == f"kasmina_ext-{kasmina_ext.__version__}-py3-none-any.whl"
-    assert {entry for entry in content if ".dist-info/" not in entry} == python_files(tree)
+    assert {entry for entry in content if ".dist-info/" not in entry} == package_files(tree)
     assert "no C compiler ('/nowhere/cc', from CC, is not there)" in output
     assert "no C compiler" in (tree / "kasmina_ext/_build.py").read_text()
 

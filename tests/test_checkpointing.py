@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
 
 import checks
 import pytest
+import stack_model
 import torch
 from cases import Case, build
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 CASE = Case((12, 40), 5, states="grafted", telemetry="fresh", dtype=torch.float64)
-REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+NOTE = (
+    "seeds that change between forward and backward are not noticed, as weights are not: the recomputation uses what they "
+    "are by then, so change them after the backward"
+)
+MARKS = (
+    pytest.mark.stack("activation checkpointing: non-reentrant", note=NOTE),
+    pytest.mark.stack("activation checkpointing: reentrant", note=NOTE),
+)
+REENTRANT = pytest.mark.parametrize(
+    "reentrant",
+    [pytest.param(False, marks=MARKS[0], id="non-reentrant"), pytest.param(True, marks=MARKS[1], id="reentrant")],
+)
 
 
 class Layer(torch.nn.Module):
@@ -73,6 +92,7 @@ def test_sequence(backend, device, reentrant):
     compare_with_plain(backend, device, layers, x)
 
 
+@pytest.mark.stack("activation checkpointing: nested")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("inner", [False, True], ids=["inner non-reentrant", "inner reentrant"])
 @pytest.mark.parametrize("outer", [False, True], ids=["outer non-reentrant", "outer reentrant"])
@@ -147,3 +167,102 @@ def test_counting_resumes_after_a_failed_backward(backend, device):
         y.sum().backward()
     layers[0](x)
     assert layers[0].inputs.telemetry[:, 3].eq(2).all()
+
+
+# ---- a layer, in other ways to checkpoint ----------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """A grown layer with what draws random numbers behind it."""
+
+    def __init__(self, device, dropout: float = 0.0):
+        super().__init__()
+        self.grown = stack_model.Net(device).grown
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.grown(x)).tanh().sin()
+
+
+def compare_with_unchecked(block: Block, run, exact: bool = True, steps: int = 2) -> None:
+    """``run(x)`` has the gradients of the block called without a checkpoint; telemetry counts each batch once."""
+    plain, device = copy.deepcopy(block), block.grown.device
+    x = torch.linspace(-2, 2, 5 * stack_model.INPUTS, dtype=torch.float64, device=device).view(5, -1)
+    leaf, plain_leaf = x.clone().requires_grad_(), x.clone().requires_grad_()
+    for step in range(steps):
+        for forward, given in ((run, leaf), (plain, plain_leaf)):
+            torch.manual_seed(step)
+            forward(given).square().sum().backward()
+    same = checks.same_bits if exact else functools.partial(torch.allclose, rtol=1e-12, atol=1e-14)
+    assert same(leaf.grad, plain_leaf.grad)
+    for got, expected in zip(block.parameters(), plain.parameters(), strict=True):
+        assert same(got.grad, expected.grad)
+    assert same(block.grown.telemetry, plain.grown.telemetry)
+    assert same(block.grown.grad_telemetry, plain.grown.grad_telemetry)
+    stack_model.assert_counted_once(block.grown, steps, steps)
+
+
+@REENTRANT
+@pytest.mark.stack("activation checkpointing: preserve_rng_state")
+def test_random_numbers_are_drawn_again(device, reentrant):
+    block = Block(device, dropout=0.4)
+    compare_with_unchecked(block, lambda x: checkpoint(block, x, use_reentrant=reentrant, preserve_rng_state=True))
+
+
+@REENTRANT
+@pytest.mark.stack("activation checkpointing: preserve_rng_state")
+def test_without_random_numbers(device, reentrant):
+    block = Block(device)
+    compare_with_unchecked(block, lambda x: checkpoint(block, x, use_reentrant=reentrant, preserve_rng_state=False))
+
+
+@REENTRANT
+def test_a_change_before_the_recomputation(device, reentrant):
+    """What the note says."""
+    block, twin = Block(device), Block(device)
+    x = torch.linspace(-2, 2, 5 * stack_model.INPUTS, dtype=torch.float64, device=device).view(5, -1)
+    y = checkpoint(block, x.clone().requires_grad_(), use_reentrant=reentrant)
+    for each in (block, twin):
+        each.grown.set_alpha(None, 0.75)
+        each.grown.step_lifecycle()
+    y.sum().backward()
+    twin(x).sum().backward()
+    for got, expected in zip(block.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.stack("activation checkpointing: selective (create_selective_checkpoint_contexts)")
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+def test_selective(device, traced, kept):
+    """The operator among what is recomputed, and among what is kept."""
+    torch._dynamo.reset()
+
+    def policy(context, operator, *args, **kwargs):
+        keeps = kept and operator is torch.ops.kasmina.chunked_forward.default
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    block = Block(device)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+
+    def run(x):
+        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+    compare_with_unchecked(block, torch.compile(run, backend="aot_eager", fullgraph=True) if traced else run)
+
+
+@pytest.mark.stack("activation checkpointing: under torch.compile")
+@pytest.mark.parametrize("outside", [False, True], ids=["checkpoint compiled", "compiled checkpointed"])
+@REENTRANT
+def test_compiled(device, outside, reentrant):
+    """A compiled function with a checkpoint in it, and a checkpoint around a compiled layer."""
+    torch._dynamo.reset()
+    block = Block(device)
+    # Where a reentrant checkpoint is within what is compiled, torch leaves the graph for it.
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=outside or not reentrant)
+    if outside:
+        inner = compiled(block)
+        run = functools.partial(checkpoint, inner, use_reentrant=reentrant)
+    else:
+        run = compiled(lambda x: checkpoint(block, x, use_reentrant=reentrant))
+    compare_with_unchecked(block, run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kasmina_ext import KasminaLayer, compat, credit
 from kasmina_ext.compat import KasminaForwardKernel, SimpleTritonLayer, TritonKasminaLayer
@@ -147,11 +148,19 @@ def test_telemetry_is_of_the_last_forward(device):
     assert seen["count"].tolist() == [8.0 * CHUNK] * SEEDS
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_telemetry_is_not_of_activations_that_are_computed_again(device, reentrant):
+def kept(context, operator, *args, **kwargs):
+    keeps = operator is torch.ops.kasmina.chunked_forward.default
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SELECTIVE = {"context_fn": functools.partial(create_selective_checkpoint_contexts, kept)}
+
+
+@pytest.mark.parametrize("reentrant, options", [(False, {}), (True, {}), (False, SELECTIVE)])
+def test_telemetry_is_not_of_activations_that_are_computed_again(device, reentrant, options):
     layer = TritonKasminaLayer(HIDDEN, SEEDS, CHUNK).to(device)
     x = torch.randn(6, HIDDEN, device=device, requires_grad=True)
-    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    checkpoint(lambda x: layer(x.sin()).square(), x, use_reentrant=reentrant, **options).sum().backward()
     assert layer.get_telemetry()["count"].tolist() == [6.0 * CHUNK] * SEEDS
 
 

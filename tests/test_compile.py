@@ -57,10 +57,19 @@ def train(model, step) -> dict[str, torch.Tensor]:
     return seen | {f"trained {name}": t.detach() for name, t in model.state_dict().items()}
 
 
+@pytest.mark.stack("torch.compile: fullgraph training step")
 @pytest.mark.parametrize(
     ("backend", "checkpointed"),
-    [("ops", False), ("ops", True), ("reference", False)],
-    ids=["ops", "ops-checkpointed", "reference"],
+    [
+        pytest.param("ops", False, id="ops"),
+        pytest.param(
+            "ops",
+            True,
+            marks=pytest.mark.stack("activation checkpointing: under torch.compile"),
+            id="ops-checkpointed",
+        ),
+        pytest.param("reference", False, id="reference"),
+    ],
 )
 def test_training_step_in_one_graph(device, backend, checkpointed):
     torch._dynamo.reset()
@@ -82,6 +91,7 @@ def test_training_step_in_one_graph(device, backend, checkpointed):
     assert compiled.grad_telemetry[:, 2].eq(STEPS).all()
 
 
+@pytest.mark.stack("torch.compile: fullgraph forward")
 def test_state_changes_need_no_new_graph(device):
     """State and alpha are tensors: one graph serves all 11 lifecycle states."""
     torch._dynamo.reset()

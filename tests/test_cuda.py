@@ -45,12 +45,18 @@ def merge(inputs: Inputs) -> None:
     checks.ops.telemetry_merge(inputs.telemetry, inputs.telemetry)
 
 
+def pairs(inputs: Inputs) -> torch.Tensor:
+    moments = torch.zeros(inputs.x.size(-1), 6, dtype=torch.float64, device=inputs.x.device)
+    checks.ops.pair_moments(inputs.x, inputs.grad_y, moments)
+    return moments
+
+
 def train(inputs: Inputs) -> None:
     leaves = inputs.requiring_grad()
     forward(leaves).backward(inputs.grad_y)
 
 
-@pytest.mark.parametrize("call", [forward, backward, update, reduce, merge, train])
+@pytest.mark.parametrize("call", [forward, backward, update, reduce, merge, pairs, train])
 @pytest.mark.parametrize("case", [*SIZES, Case((300, 64), 4, layout="every_other_row", telemetry="fresh")], ids=str)
 def test_no_host_sync(case: Case, call: Callable):
     inputs = build(case, DEVICE)
@@ -65,7 +71,7 @@ def test_no_host_sync(case: Case, call: Callable):
 
 
 # Results and one workspace. Gradients and outputs are counted by their number, whatever their size.
-ALLOWED = [(forward, 2), (backward, 4), (update, 1), (reduce, 1), (merge, 0)]
+ALLOWED = [(forward, 2), (backward, 4), (update, 1), (reduce, 1), (merge, 0), (pairs, 2)]
 
 
 @pytest.mark.parametrize(("call", "allowed"), ALLOWED)
@@ -82,6 +88,7 @@ def test_allocations(case: Case, call: Callable, allowed: int):
     assert torch.cuda.memory_allocated() <= held, "a workspace outlives its call"
 
 
+@pytest.mark.stack("devices and threads: side streams", device="cuda")
 @pytest.mark.parametrize("case", SIZES, ids=str)
 def test_side_stream(case: Case):
     """Work goes to the current stream: it waits for what that stream does before."""
@@ -100,10 +107,48 @@ def test_side_stream(case: Case):
     assert checks.same_bits(y, want) and checks.same_bits(other.telemetry, inputs.telemetry)
 
 
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_side_stream_of_pairs(case: Case):
+    """Moments, too, wait for what their stream does before, on either of the two tensors."""
+    inputs, other = build(case, DEVICE), build(case, DEVICE)
+    want = pairs(inputs)
+    right = other.x.clone(), other.grad_y.clone()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        other.x.zero_(), other.grad_y.zero_()
+        torch.cuda._sleep(20_000_000)
+        other.x.copy_(right[0]), other.grad_y.copy_(right[1])
+        moments = pairs(other)
+    stream.synchronize()
+    assert checks.same_bits(moments, want)
+
+
+@pytest.mark.parametrize("case", SIZES, ids=str)
+def test_cuda_graph_of_pairs(case: Case):
+    """Each replay joins what x is then, with the bits of as many calls."""
+    inputs, fresh = build(case, DEVICE), build(case, DEVICE)
+    got, want = (torch.zeros(case.shape[-1], 6, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        checks.ops.pair_moments(inputs.x, inputs.grad_y, got)
+    torch.cuda.synchronize()
+    got.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        checks.ops.pair_moments(inputs.x, inputs.grad_y, got)
+    for _ in range(3):
+        inputs.x.mul_(-1.5), fresh.x.mul_(-1.5)
+        graph.replay()
+        checks.ops.pair_moments(fresh.x, fresh.grad_y, want)
+    assert checks.same_bits(got, want)
+
+
+@pytest.mark.stack("devices and threads: side streams", device="cuda")
 def test_streams_do_not_share_scratch():
     """The same operator on two streams at once; each has a workspace of its own."""
     sides = [(build(case, DEVICE), torch.cuda.Stream()) for case in (SIZES[0], SIZES[1])]
-    wanted = []
+    wanted, moments = [], [pairs(inputs) for inputs, _ in sides]
     for inputs, _ in sides:
         forward(inputs), backward(inputs)
         wanted.append((inputs.telemetry.clone(), inputs.grad_telemetry.clone()))
@@ -114,10 +159,16 @@ def test_streams_do_not_share_scratch():
             with torch.cuda.stream(stream):
                 inputs.telemetry.zero_(), inputs.grad_telemetry.zero_()
                 forward(inputs), backward(inputs)
+        found = []
+        for inputs, stream in sides:
+            with torch.cuda.stream(stream):
+                found.append(pairs(inputs))
     torch.cuda.synchronize()
     for (inputs, _), (telemetry, grad_telemetry) in zip(sides, wanted, strict=True):
         assert checks.same_bits(inputs.telemetry, telemetry)
         assert checks.same_bits(inputs.grad_telemetry, grad_telemetry)
+    for got, want in zip(found, moments, strict=True):
+        assert checks.same_bits(got, want)
 
 
 @pytest.mark.parametrize("case", SIZES, ids=str)
@@ -147,6 +198,7 @@ def test_cuda_graph(case: Case):
         assert inputs.telemetry[:, 3].eq(2).all()
 
 
+@pytest.mark.stack("devices and threads: second GPU, current and not", device="2 x cuda")
 @pytest.mark.parametrize("case", cases.CASES[::4], ids=str)
 def test_another_device_than_the_current(case: Case):
     if torch.cuda.device_count() < 2:

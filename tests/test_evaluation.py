@@ -14,6 +14,7 @@ from torch import nn
 from kasmina_ext import GrowthController, KasminaLayer
 from kasmina_ext.evaluation import share_removed
 from kasmina_ext.policy import STAY, youngest
+from kasmina_ext.ranks import Ranks
 from kasmina_ext.state_layout import StateVar
 
 
@@ -262,7 +263,7 @@ def test_those_that_wait_stay_where_enough_are_culled_anyway():
 def test_no_seed_goes_that_is_not_needed_whatever_the_prices():
     generator = torch.Generator().manual_seed(3)
     run = Run()
-    seeds = run.control._seeds(germinates=False)
+    seeds = run.control._seeds(Ranks(False), germinates=False)
     for _ in range(300):
         price = torch.randint(0, 9, (7,), generator=generator)
         among = torch.rand(7, generator=generator) < 0.7

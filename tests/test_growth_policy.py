@@ -189,16 +189,31 @@ def test_a_bank_that_cannot_be_written_is_said_at_once():
     assert all(torch.equal(layer.state, state) for layer, state in zip(run.model.layers, before, strict=True))
 
 
+def test_a_warning_where_a_share_is_less_than_a_seed():
+    model = Classifier(seeds=(2, 2))
+    with pytest.warns(UserWarning, match="nothing can germinate: a budget of 0.1 is none of 4 seeds") as seen:
+        assert GrowthController(model).budget == 0
+    assert len(seen) == 1 and seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for budget in (0, 1, 0.25):
+            assert GrowthController(model, budget=budget).budget == min(1, round(4 * budget))
+        assert GrowthController(model, budget=0.1, budget_in="parameters").budget > 0
+
+
 def test_a_warning_where_two_controllers_drive_a_layer():
     model = Classifier()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        first, apart = GrowthController(model.first), GrowthController(model.second)
+        first, apart = GrowthController(model.first, budget=1), GrowthController(model.second, budget=1)
         GrowthController(Classifier())
     with pytest.warns(UserWarning, match="layer 'second' is driven by another controller") as seen:
-        second = GrowthController({"second": model.second})
+        second = GrowthController({"second": model.second}, budget=1)
     assert len(seen) == 1 and seen[0].filename == __file__
-    del first, second, apart
+    with pytest.warns(UserWarning, match=r"layer 'first' \(and 1 more\) is driven by another controller") as seen:
+        both = GrowthController(model)
+    assert len(seen) == 1
+    del first, second, apart, both
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert GrowthController(model).names == ["first", "second"]

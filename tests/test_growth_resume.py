@@ -11,6 +11,7 @@ from growing import FAST, STATES, Run, equal
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kasmina_ext import GrowthController, KasminaLayer
+from kasmina_ext.seed_record import SeedRecord
 
 # ---- determinism, and going on later ---------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ def test_a_state_of_another_controller_is_refused():
     run = Run()
     run.step(5)
     saved, before = run.control.state_dict(), run.control.state_dict()
-    other = GrowthController(Run().model.first)
+    other = GrowthController(Run().model.first, budget=1)
     with pytest.raises(ValueError, match="the state is of layers"):
         other.load_state_dict(saved)
     for wrong in ({}, saved | {"format": 0}):
@@ -184,6 +185,7 @@ class NoSync(TorchDispatchMode):
 def test_a_step_looks_at_no_value(schedule):
     run = Run(schedule=schedule, budget_in="parameters")
     run.control._log._call = None  # the log's copies are asynchronous on a GPU only
+    run.control.record = SeedRecord(run.model)
     loss = torch.tensor(0.5)
     for _ in range(30):
         for layer in run.model.layers:
@@ -196,6 +198,7 @@ def test_a_step_looks_at_no_value(schedule):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_cuda_a_step_waits_for_nothing_and_decides_as_on_the_cpu():
     run = Run(device="cuda")
+    run.control.record = SeedRecord(run.model)
     run.step(3)  # memory is allocated, kernels are loaded
     loss = torch.tensor(0.5, device="cuda")
     torch.cuda.set_sync_debug_mode("error")

@@ -313,6 +313,7 @@ def test_features_in_the_second_dimension(device, base, shape):
     assert y.stride() == torch.empty_like(plain).stride()
 
 
+@pytest.mark.stack("shapes: NCHW and channels_last without copies")
 def test_channels_last_stays_channels_last(device):
     layer = KasminaLayer(nn.Conv2d(4, 8, 3, device=device)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 4, 6, 6, device=device).to(memory_format=torch.channels_last)
@@ -329,6 +330,8 @@ class Talkative(nn.Linear):
 Pair = namedtuple("Pair", "hidden cache")
 
 
+@pytest.mark.stack("shapes: base layers with extra and keyword arguments")
+@pytest.mark.stack("shapes: base layers that return tuples")
 def test_extra_arguments_and_tuples():
     layer = KasminaLayer(Talkative(3, 8), strategy="additive", num_blueprints=1)
     layer.set_blueprint(None, 0)
@@ -433,6 +436,7 @@ def test_telemetry_off_and_reset(device):
     assert not layer.telemetry.any() and not layer.grad_telemetry.any()
 
 
+@pytest.mark.stack("shapes: shared layers used twice in a forward")
 def test_a_layer_used_twice_counts_twice_and_adds_gradients(device):
     layer = KasminaLayer(nn.Linear(4, 4, device=device))
     layer.lifecycle_states, layer.blueprint_ids = 3, 0

@@ -67,6 +67,7 @@ def test_casts_reach_the_bank_and_the_base_only(device, cast):
     assert layer(torch.randn(3, 5, device=device, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.stack("devices and threads: moving between devices while training")
 def test_a_move_and_back(device):
     layer = grown()
     before = tensors(layer)
@@ -88,6 +89,7 @@ def test_views_are_live_after_a_move():
         layer.blueprint_ids = torch.zeros(3)
 
 
+@pytest.mark.stack("devices and threads: meta device, skip_init, deferred init and to_empty")
 @pytest.mark.parametrize("kind", [KasminaLayer, TritonChunkedKasminaLayer])
 def test_meta_then_empty_then_reset(kind):
     with torch.device("meta"):
@@ -104,6 +106,7 @@ def test_meta_then_empty_then_reset(kind):
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.stack("devices and threads: meta device, skip_init, deferred init and to_empty")
 def test_skip_init():
     layer = nn.utils.skip_init(KasminaLayer, nn.Linear(5, 20), device="cpu")
     layer.base_layer.reset_parameters()
@@ -133,12 +136,13 @@ def through_file(layer):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.stack("devices and threads: copy.deepcopy and pickling the module")
 @pytest.mark.parametrize("clone", [copy.deepcopy, through_pickle, through_file])
 @pytest.mark.parametrize("kind", [KasminaLayer, TritonChunkedKasminaLayer])
-def test_clones_are_equal_and_apart(clone, kind):
-    layer = grown(kind=kind)
+def test_clones_are_equal_and_apart(device, clone, kind):
+    layer = grown(device, kind)
     layer.telemetry_enabled = False
-    twin, x = clone(layer), torch.randn(3, 5)
+    twin, x = clone(layer), torch.randn(3, 5, device=device)
     assert torch.equal(twin(x), layer(x)) and twin.telemetry_enabled is False
     assert_same(twin, tensors(layer))
     before = tensors(layer)
@@ -152,6 +156,7 @@ def test_clones_are_equal_and_apart(clone, kind):
     assert layer.lifecycle_manager.can_transition(0, 1) and layer.telemetry_enabled is False
 
 
+@pytest.mark.stack("devices and threads: copy.deepcopy and pickling the module")
 def test_a_compiled_layer_can_be_copied():
     layer = grown()
     layer.compile(backend="eager")
@@ -183,6 +188,7 @@ def test_state_dict_round_trip_is_strict(device):
     assert torch.equal(fresh(x), layer(x))
 
 
+@pytest.mark.stack("devices and threads: meta device, skip_init, deferred init and to_empty")
 def test_assign_from_meta():
     layer = grown()
     with torch.device("meta"):
@@ -244,7 +250,7 @@ def test_attributes_come_from_the_base_layer():
     assert layer.extra_repr() != layer.base_layer.extra_repr()
     with pytest.raises(AttributeError, match="'KasminaLayer' object has no attribute 'colour'"):
         layer.colour  # noqa: B018
-    assert not hasattr(layer, "checkpoint_manager") and not hasattr(layer, "_private")
+    assert layer.checkpoint_manager is None and not hasattr(layer, "_private")
 
 
 def test_private_names_are_not_the_base_layers():
@@ -256,6 +262,7 @@ def test_private_names_are_not_the_base_layers():
         KasminaLayer.__new__(KasminaLayer).weight  # noqa: B018
 
 
+@pytest.mark.stack("devices and threads: weight sharing")
 def test_tying_by_assignment_reaches_the_base_layer():
     embedding = KasminaLayer(nn.Embedding(11, 6))
     head = KasminaLayer(nn.Linear(6, 11, bias=False))
@@ -296,6 +303,7 @@ def test_a_layer_in_a_layer(device):
     assert outer.state is not inner.state and outer.in_features == 3
 
 
+@pytest.mark.stack("devices and threads: functional_call")
 def test_swapped_parameters_and_buffers(device):
     layer = KasminaLayer(nn.Linear(3, 4, device=device), strategy="additive", num_blueprints=1)
     layer.lifecycle_states, layer.blueprint_ids = 3, 0
@@ -313,6 +321,7 @@ class Doubled(nn.Module):
         return weight * 2
 
 
+@pytest.mark.stack("devices and threads: parametrizations")
 def test_a_parametrized_bank():
     layer = KasminaLayer(nn.Linear(3, 4), strategy="additive", num_blueprints=1)
     layer.lifecycle_states, layer.blueprint_ids = 3, 0
@@ -325,6 +334,7 @@ def test_a_parametrized_bank():
     assert layer.parametrizations.blueprint_weights.original.grad.tolist() == [[4.0] * 4]
 
 
+@pytest.mark.stack("devices and threads: forward hooks")
 def test_hooks_see_the_transformed_output():
     layer = grown()
     seen = []
@@ -333,6 +343,7 @@ def test_hooks_see_the_transformed_output():
     assert layer(x) is seen[0]
 
 
+@pytest.mark.stack("devices and threads: inference_mode and no_grad")
 def test_inference_mode_and_no_grad(device):
     layer, x = grown(device), torch.randn(3, 5, device=device)
     expected = layer(x).detach()

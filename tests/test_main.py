@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -14,6 +16,8 @@ import torch
 import kasmina_ext
 from kasmina_ext import __main__ as report
 from kasmina_ext import _native, flags
+
+pytestmark = pytest.mark.stack("introspection: python -m kasmina_ext")
 
 
 def test_as_a_module():
@@ -43,6 +47,50 @@ def test_each_device_has_a_path_and_a_reason(capsys, monkeypatch):
     assert report.main([]) == 0
     out = capsys.readouterr().out
     assert "cuda:1 (Big GPU, capability 9.0, 80 GiB): reference: no kernel image" in out
+
+
+def test_this_machines_device(device):
+    """Whatever the machine has is listed with its path, and the reason is the one that the layer goes by."""
+    where = "cpu" if device.type == "cpu" else f"cuda:{torch.cuda.current_device()}"
+    [row] = (row for row in report.collect()["devices"] if row["device"] == where)
+    compiled, why = flags.compiled_path(where)
+    assert row["path"] == ("compiled" if compiled else "reference")
+    assert compiled or row["why"] == why
+
+
+def test_the_driver(device, monkeypatch):
+    """Which CUDA it can run at most; on a machine without one, or with one that answers nothing, that."""
+    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
+    found = report.collect()["versions"]["driver_cuda"]
+    if device.type == "cuda":
+        assert tuple(map(int, found.split("."))) >= (11, 0)
+        return
+    assert found == "none (no driver)" or torch.cuda.is_available()
+
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, version):
+            version._obj.value = 13010
+            return self.code
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    for Driver.code, answer in ((0, "13.1"), (999, "unknown (RuntimeError: cuDriverGetVersion returned 999)")):
+        assert report.collect()["versions"]["driver_cuda"] == answer
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert report.collect()["versions"]["driver_cuda"] == "none (this torch has no CUDA)"
+
+
+def test_packages_and_settings(capsys, monkeypatch):
+    monkeypatch.setattr(report, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    facts = report.collect()
+    assert facts["packages"] == {"torch": importlib.metadata.version("torch"), "no-such-package": "not installed"}
+    assert facts["settings"]["CUDA_LAUNCH_BLOCKING"] == "1"
+    assert report.main([]) == 0
+    out = capsys.readouterr().out
+    assert "no-such-package: not installed" in out and "CUDA_LAUNCH_BLOCKING: 1" in out
 
 
 def test_switched_off(capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cases
 import lifecycle_model as model
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from cases import Case, build
 
 from kasmina_ext import ops as _registers_the_operators  # noqa: F401
+from kasmina_ext._schema import SCHEMAS
 
 kasmina = torch.ops.kasmina
+pytestmark = pytest.mark.stack("introspection: torch.library.opcheck")
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=cases.short)
@@ -94,7 +98,28 @@ def test_reconstruction_loss_backward(device, case):
     torch.library.opcheck(kasmina.reconstruction_loss_backward, args)
 
 
+PAIRED = [
+    *[Case((3, 4, 20), 3, dtype=d, layout="swapped_rows") for d in cases.DTYPES],
+    Case((2, 3, 4, 5), 3, layout="nchw", grad_layout="channels_last"),
+    Case((0, 8), 3),
+    Case((4, 0), 3),
+]
+
+
+@pytest.mark.parametrize("case", PAIRED, ids=str)
+def test_pair_moments(device, case):
+    inputs = build(case, device)
+    moments = torch.zeros(case.shape[-1], 6, dtype=torch.float64, device=device)
+    moments[::2] = torch.tensor([4.0, 1.0, -1.0, 2.0, 3.0, 0.5], dtype=torch.float64, device=device)
+    torch.library.opcheck(kasmina.pair_moments, (inputs.x, inputs.grad_y, moments))
+
+
 @pytest.mark.parametrize("case", [Case((0, 8), 3), Case((4, 8), 0), Case((4, 8), 3, telemetry="off")], ids=str)
 def test_empty(device, case):
     leaves = build(case, device).requiring_grad()
     torch.library.opcheck(kasmina.chunked_forward, (leaves.x, *leaves.seeds, leaves.telemetry, leaves.grad_telemetry))
+
+
+def test_every_operator_is_checked():
+    text = Path(__file__).read_text()
+    assert [name for name in SCHEMAS if f"opcheck(kasmina.{name}," not in text] == []

@@ -57,6 +57,12 @@ def test_each_parameter_is_in_one_group():
     assert len(groups[0]["params"]) == 2
 
 
+@pytest.mark.parametrize("model", [None, "model", [nn.Linear(2, 2)], nn.Linear(2, 2).parameters()])
+def test_groups_of_what_is_no_model(model):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module or a handle on seeds, got"):
+        kx.param_groups(model, lr=0.1)
+
+
 # ---- moments ---------------------------------------------------------------------------------------------------------
 
 

@@ -426,7 +426,6 @@ def test_version_counters_move(backend, device):
 
 @checks.backends
 def test_no_request_is_no_write(backend, device):
-    """A backward that waits for its state need not be told of it."""
     tensors = model.to_tensors([Seed()], device)
     before = [t._version for t in tensors.lived]
     assert apply(backend, tensors, [], np.empty((0, 4)), [], STRICT) == []

@@ -425,6 +425,7 @@ def a_day(layer, ids, targets, blueprints, strategies):
     return first, second, third, layer.recycle(ids)
 
 
+@pytest.mark.stack("torch.compile: request_state_transitions and step_lifecycle traced")
 def test_requests_and_steps_are_traced_into_one_graph(device, kernels):
     torch._dynamo.reset()
     graphs = []
@@ -480,7 +481,7 @@ def test_verdicts_in_words(layer):
         "request 0, seed 0: SUPERSEDED: a later request in the batch names the same seed",
         "request 1, seed 0: APPLIED",
         "request 2, seed 7: SEED_OUT_OF_RANGE: there is no such seed",
-        "request 3, seed 1: ILLEGAL_TRANSITION: the rules have no such transition",
+        "request 3, seed 1: ILLEGAL_TRANSITION: the rules have no such transition from its state",
     ]
     assert explain_verdicts([3, 99]) == [
         "request 0: TOO_FEW_EPOCHS: the seed has not been in its state for long enough",

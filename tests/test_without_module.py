@@ -47,7 +47,9 @@ def everything(ops, torch):
     verdicts = ops.state_update(state, history, count, ints([0, 1, 2]), values, ints([1, 3, 15]), rules, 2)
     with torch.no_grad():
         ops.lifecycle_step(state, history, count, alpha, 2, 5, True)
-    return [*found, verdicts, state, history, count, alpha.detach()]
+    moments = torch.zeros(20, 6, dtype=torch.float64)
+    ops.pair_moments(x, target, moments)
+    return [*found, moments, verdicts, state, history, count, alpha.detach()]
 """
 
 CHILD = (

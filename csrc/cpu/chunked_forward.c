@@ -10,6 +10,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/lock.h"
+#include "cpu/stream.h"
 #include "cpu/tiles.h"
 #include "parallel.h"
 #include "telemetry_math.h"
@@ -141,42 +142,53 @@ static void repair_group(const plan *p, const kasmina_patch *patch, int64_t row,
     }
 }
 
+/* The group's first row is the shift of its sums. */
+static void begin_group(const plan *p, const kasmina_patch *patch, int64_t row, void *scratch, column_sums *sums)
+{
+    const void *first;
+    kasmina_load_rows(&p->tiling, p->args->x, patch, row, 1, scratch, &first);
+    p->tiling.ops->choose_shift(sums->shift, first, patch->columns);
+}
+
 static void process_patch(const plan *p, const kasmina_patch *patch)
 {
     const kasmina_tiling *t = &p->tiling;
     const kasmina_forward_args *args = p->args;
     const int64_t n = patch->columns, end = patch->first_row + patch->rows;
-    double scratch[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS / 2], blended[KASMINA_TILE_COLUMNS];
+    kasmina_rows_buffer buffer;
     uint8_t worth[KASMINA_TILE_COLUMNS];
     kasmina_tile_coefficients coefficients;
     column_sums sums;
-    if (args->y) kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
+    kasmina_forward_columns pass = {0};
+    if (args->y) {
+        kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
+        if (coefficients.any) pass.a = coefficients.a, pass.b = coefficients.b;
+        pass.mask = kasmina_pass_mask(t, &coefficients);
+    }
     if (args->telemetry) {
         memset(&sums, 0, sizeof sums);
         for_each_segment(p, patch, &sums, set_origins);
+        pass.shift = sums.shift, pass.s1 = sums.s1, pass.s2 = sums.s2;
     }
     for (int64_t group = patch->first_row; group < end; group += KASMINA_GROUP_ROWS) {
         int64_t rows = end - group < KASMINA_GROUP_ROWS ? end - group : KASMINA_GROUP_ROWS;
+        if (args->telemetry) begin_group(p, patch, group, buffer.wide, &sums);
         for (int64_t row = group; row < group + rows; row += KASMINA_ROWS_AT_ONCE) {
             int64_t left = group + rows - row;
             int count = left < KASMINA_ROWS_AT_ONCE ? (int)left : KASMINA_ROWS_AT_ONCE;
             const void *x[KASMINA_ROWS_AT_ONCE];
-            kasmina_load_rows(t, args->x, patch, row, count, scratch, x);
-            if (args->telemetry) {
-                if (row == group) t->ops->choose_shift(sums.shift, x[0], n);
-                t->ops->sum(sums.s1, sums.s2, sums.shift, x, count, n);
-            }
-            for (int r = 0; args->y && r < count; ++r) {
-                if (coefficients.any) t->ops->blend(blended, x[r], coefficients.a, coefficients.b, n);
-                kasmina_store_row(t, (void *)kasmina_at(t, args->y, row + r, patch->first_column), blended,
-                                  kasmina_at(t, args->x, row + r, patch->first_column), &coefficients, n);
-            }
+            void *y[KASMINA_ROWS_AT_ONCE];
+            kasmina_fetch_rows(t, args->x, patch, row, count, buffer.wide, x);
+            if (args->y) kasmina_place_rows(t, args->y, patch, row, count, &buffer, y);
+            if (pass.a || pass.shift) t->fused->forward(&pass, y, x, count, n);
+            if (args->y) kasmina_finish_rows(t, args->y, args->x, patch, row, count, y, &coefficients);
         }
         if (args->telemetry &&
             t->ops->flush(sums.d1, sums.d2, sums.s1, sums.s2, sums.shift, sums.origin, (double)rows, worth, n))
-            repair_group(p, patch, group, rows, worth, scratch, &sums);
+            repair_group(p, patch, group, rows, worth, buffer.wide, &sums);
     }
     if (args->telemetry) for_each_segment(p, patch, &sums, write_partial);
+    if (args->y && t->streams) kasmina_stream_end();
 }
 
 static void process_patches(int64_t begin, int64_t end, void *context)

@@ -1,48 +1,20 @@
 #include "cpu/convert.h"
 
-#include <string.h>
+#include "cpu/numbers.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(KASMINA_NO_CLONES)
 #define KASMINA_F16C 1
 #include <immintrin.h>
 #endif
 
-static inline float float_from_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t bits_of_float(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-/* ---- bfloat16: the upper half of a float32 ---- */
-
-static inline float from_bfloat16(uint16_t half)
-{
-    return float_from_bits((uint32_t)half << 16);
-}
-
-static inline uint16_t to_bfloat16(float value)
-{
-    uint32_t bits = bits_of_float(value);
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
 KASMINA_CLONES static void widen_bfloat16(float *restrict dst, const uint16_t *restrict src, int64_t n)
 {
-    for (int64_t i = 0; i < n; ++i) dst[i] = from_bfloat16(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i] = kasmina_from_bfloat16(src[i]);
 }
 
 KASMINA_CLONES static void narrow_bfloat16(uint16_t *restrict dst, const float *restrict src, int64_t n)
 {
-    for (int64_t i = 0; i < n; ++i) dst[i] = to_bfloat16(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i] = kasmina_to_bfloat16(src[i]);
 }
 
 /* ---- float16: in bits, so that no compiler support is needed; F16C where the machine has it ---- */
@@ -50,8 +22,8 @@ KASMINA_CLONES static void narrow_bfloat16(uint16_t *restrict dst, const float *
 static inline float from_float16(uint16_t half)
 {
     uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
-    if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-    if (magnitude >= 0x0400u) return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
+    if (magnitude >= 0x7c00u) return kasmina_float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+    if (magnitude >= 0x0400u) return kasmina_float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
     /* Subnormal: the magnitude counts units of 2^-24. */
     float value = (float)magnitude * 0x1p-24f;
     return sign ? -value : value;
@@ -59,12 +31,12 @@ static inline float from_float16(uint16_t half)
 
 static inline uint16_t to_float16(float value)
 {
-    uint32_t bits = bits_of_float(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t bits = kasmina_bits_of_float(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
     if (magnitude >= 0x47800000u) return (uint16_t)(sign | 0x7c00u); /* 2^16 and more */
     if (magnitude < 0x38800000u) {
         /* Below 2^-14: adding 0.5 leaves the number, rounded to units of 2^-24, in the low bits. */
-        uint32_t shifted = bits_of_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
+        uint32_t shifted = kasmina_bits_of_float(kasmina_float_from_bits(magnitude) + 0.5f) - 0x3f000000u;
         return (uint16_t)(sign | shifted);
     }
     uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
@@ -133,7 +105,7 @@ double kasmina_load_scalar(kasmina_dtype dtype, const void *array, int64_t index
     switch (dtype) {
     case KASMINA_FLOAT32: return ((const float *)array)[index];
     case KASMINA_FLOAT64: return ((const double *)array)[index];
-    case KASMINA_BFLOAT16: return from_bfloat16(((const uint16_t *)array)[index]);
+    case KASMINA_BFLOAT16: return kasmina_from_bfloat16(((const uint16_t *)array)[index]);
     default: return from_float16(((const uint16_t *)array)[index]);
     }
 }
@@ -143,7 +115,7 @@ void kasmina_store_scalar(kasmina_dtype dtype, void *array, int64_t index, doubl
     switch (dtype) {
     case KASMINA_FLOAT32: ((float *)array)[index] = (float)value; break;
     case KASMINA_FLOAT64: ((double *)array)[index] = value; break;
-    case KASMINA_BFLOAT16: ((uint16_t *)array)[index] = to_bfloat16((float)value); break;
+    case KASMINA_BFLOAT16: ((uint16_t *)array)[index] = kasmina_to_bfloat16((float)value); break;
     default: ((uint16_t *)array)[index] = to_float16((float)value); break;
     }
 }

@@ -7,9 +7,16 @@
 
 #include "kernels.h"
 
-/* One clone per instruction set, chosen when the module is loaded. haswell, unlike plain avx2, has F16C. */
+/*
+ * One clone per instruction set, chosen when the module is loaded, by what the processor can do: names of processors
+ * (haswell, skylake-avx512), which older compilers must make do with, match nobody else's.
+ */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(KASMINA_NO_CLONES)
+#if !defined(__clang__) && __GNUC__ >= 12
+#define KASMINA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
 #define KASMINA_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#endif
 #else
 #define KASMINA_CLONES
 #endif

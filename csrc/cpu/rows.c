@@ -5,19 +5,16 @@
 #include "cpu/convert.h"
 
 #define REAL float
-#define INT uint32_t
 #define REAL_MIN FLT_MIN
 #define REAL_MAX FLT_MAX
 #define NAME(f) f##_f32
 #include "cpu/rows_impl.h"
 #undef REAL
-#undef INT
 #undef REAL_MIN
 #undef REAL_MAX
 #undef NAME
 
 #define REAL double
-#define INT uint64_t
 #define REAL_MIN DBL_MIN
 #define REAL_MAX DBL_MAX
 #define NAME(f) f##_f64

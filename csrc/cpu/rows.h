@@ -21,9 +21,6 @@ typedef struct {
     /* shift = row where finite, else 0. */
     void (*choose_shift)(void *shift, const void *row, int64_t n);
 
-    /* s1 += sum (x - shift), s2 += sum (x - shift)^2 over `count` rows. */
-    void (*sum)(void *s1, void *s2, const void *shift, const void *const *rows, int count, int64_t n);
-
     /*
      * Add s1 and s2, sums over `count` elements about `shift`, to the double sums d1 and d2 about `origin`, and set s1 and
      * s2 to 0. A column whose squares left the range of a real is not added but marked in `worth`: OVERFLOWED (or not
@@ -38,9 +35,6 @@ typedef struct {
     /* y = a x + b, rounded after each operation. */
     void (*blend)(void *y, const void *x, const void *a, const void *b, int64_t n);
 
-    /* dx = a g. */
-    void (*scale)(void *dx, const void *g, const void *a, int64_t n);
-
     /* out = x - t. */
     void (*subtract)(void *out, const void *x, const void *t, int64_t n);
 
@@ -49,9 +43,6 @@ typedef struct {
 
     /* d += s, s = 0. */
     void (*drain)(double *d, void *s, int64_t n);
-
-    /* out[i] = chosen[i] where bytes of mask[i] are set, else other[i]; mask is of integers as wide as a real. */
-    void (*select)(void *out, const void *chosen, const void *other, const void *mask, int64_t n);
 } kasmina_rows;
 
 extern const kasmina_rows kasmina_rows_f32, kasmina_rows_f64;

@@ -1,34 +1,10 @@
-/* The loops of rows.h for one type: included by rows.c with REAL, INT, REAL_MIN, REAL_MAX and NAME(f) defined. */
+/* The loops of rows.h for one type: included by rows.c with REAL, REAL_MIN, REAL_MAX and NAME(f) defined. */
 
 KASMINA_CLONES static void NAME(choose_shift)(void *shift, const void *row, int64_t n)
 {
     REAL *restrict k = shift;
     const REAL *restrict x = row;
     for (int64_t i = 0; i < n; ++i) k[i] = x[i] >= -REAL_MAX && x[i] <= REAL_MAX ? x[i] : (REAL)0;
-}
-
-KASMINA_CLONES static void NAME(sum)(void *sum1, void *sum2, const void *shift, const void *const *rows, int count,
-                                     int64_t n)
-{
-    REAL *restrict s1 = sum1, *restrict s2 = sum2;
-    const REAL *restrict k = shift;
-    if (count == KASMINA_ROWS_AT_ONCE) {
-        const REAL *restrict x0 = rows[0], *restrict x1 = rows[1], *restrict x2 = rows[2], *restrict x3 = rows[3];
-        for (int64_t i = 0; i < n; ++i) {
-            REAL d0 = x0[i] - k[i], d1 = x1[i] - k[i], d2 = x2[i] - k[i], d3 = x3[i] - k[i];
-            s1[i] += (d0 + d1) + (d2 + d3);
-            s2[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-        }
-        return;
-    }
-    for (int r = 0; r < count; ++r) {
-        const REAL *restrict x = rows[r];
-        for (int64_t i = 0; i < n; ++i) {
-            REAL d = x[i] - k[i];
-            s1[i] += d;
-            s2[i] += d * d;
-        }
-    }
 }
 
 KASMINA_CLONES static bool NAME(flush)(double *restrict d1, double *restrict d2, void *sum1, void *sum2,
@@ -73,13 +49,6 @@ KASMINA_CLONES static void NAME(blend)(void *out, const void *in, const void *sl
     for (int64_t i = 0; i < n; ++i) y[i] = a[i] * x[i] + b[i];
 }
 
-KASMINA_CLONES static void NAME(scale)(void *out, const void *in, const void *slope, int64_t n)
-{
-    REAL *restrict dx = out;
-    const REAL *restrict g = in, *restrict a = slope;
-    for (int64_t i = 0; i < n; ++i) dx[i] = a[i] * g[i];
-}
-
 KASMINA_CLONES static void NAME(subtract)(void *out, const void *in, const void *target, int64_t n)
 {
     REAL *restrict r = out;
@@ -118,24 +87,13 @@ KASMINA_CLONES static void NAME(drain)(double *restrict d, void *sum, int64_t n)
     }
 }
 
-KASMINA_CLONES static void NAME(select)(void *out, const void *chosen, const void *other, const void *mask, int64_t n)
-{
-    /* On integers: a float register may quiet a signalling NaN. */
-    INT *restrict y = out;
-    const INT *restrict p = chosen, *restrict q = other, *restrict m = mask;
-    for (int64_t i = 0; i < n; ++i) y[i] = (p[i] & m[i]) | (q[i] & ~m[i]);
-}
-
 const kasmina_rows NAME(kasmina_rows) = {
     .size = sizeof(REAL),
     .choose_shift = NAME(choose_shift),
-    .sum = NAME(sum),
     .flush = NAME(flush),
     .compare = NAME(compare),
     .blend = NAME(blend),
-    .scale = NAME(scale),
     .subtract = NAME(subtract),
     .products = NAME(products),
     .drain = NAME(drain),
-    .select = NAME(select),
 };

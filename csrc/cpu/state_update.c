@@ -12,10 +12,18 @@ static void choose_winners(const kasmina_state_update_args *args)
     }
 }
 
+static int32_t consider(const kasmina_state_update_args *args, int64_t u)
+{
+    const int64_t seed = args->seed_ids[u];
+    if (seed < 0 || seed >= args->num_seeds) return KASMINA_SEED_OUT_OF_RANGE;
+    if (args->winner[seed] != u) return KASMINA_SUPERSEDED;
+    return kasmina_settle(args, seed, args->values + u * KASMINA_VALUES, args->mask[u]);
+}
+
 static void judge_requests(int64_t begin, int64_t end, void *context)
 {
     const kasmina_state_update_args *args = context;
-    for (int64_t u = begin; u < end; ++u) args->verdicts[u] = kasmina_consider(args, u);
+    for (int64_t u = begin; u < end; ++u) args->verdicts[u] = consider(args, u);
 }
 
 int kasmina_state_update_cpu(const kasmina_state_update_args *args)

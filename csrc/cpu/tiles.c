@@ -3,7 +3,13 @@
 #include <string.h>
 
 #include "cpu/convert.h"
+#include "cpu/stream.h"
 #include "seed_math.h"
+
+/* From here on results go past the caches, whose readers would not find them there. */
+#ifndef KASMINA_STREAM_BYTES
+#define KASMINA_STREAM_BYTES (32 << 20)
+#endif
 
 static int64_t ceil_div(int64_t a, int64_t b)
 {
@@ -23,6 +29,11 @@ kasmina_tiling kasmina_make_tiling(const kasmina_layout *layout, kasmina_dtype d
     t.element_size = kasmina_element_size(dtype);
     t.dtype = dtype;
     t.ops = dtype == KASMINA_FLOAT64 ? &kasmina_rows_f64 : &kasmina_rows_f32;
+    t.fused = dtype == KASMINA_FLOAT64    ? &kasmina_fused_f64
+              : dtype == KASMINA_BFLOAT16 ? &kasmina_fused_bf16
+                                          : &kasmina_fused_f32;
+    t.widens = dtype == KASMINA_FLOAT16;
+    t.streams = KASMINA_STREAMS && t.rows * t.columns * (int64_t)t.element_size >= KASMINA_STREAM_BYTES;
     return t;
 }
 
@@ -76,74 +87,137 @@ int64_t kasmina_next_seed(const kasmina_chunks *chunks, int64_t seed)
     return kasmina_find_seed(chunks, offsets[seed]);
 }
 
-/* Coefficients of one feature; false where its seed takes no part. */
-static bool feature_coefficients(const kasmina_seeds *seeds, int64_t features, int64_t seed, int64_t feature, bool wide,
-                                 kasmina_seed_test *takes_part, double *a, double *b)
+/* A run of columns, [begin, end) of a tile, that have one seed or none. */
+typedef struct {
+    int64_t begin, end;
+} run;
+
+static void set_mask(const kasmina_tiling *t, kasmina_tile_coefficients *out, run columns, bool grafted)
 {
-    int64_t count = seeds->chunks.count;
-    int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];
-    int32_t blueprint = seeds->state[KASMINA_BLUEPRINT_ID * count + seed];
-    int32_t lifecycle = seeds->state[KASMINA_LIFECYCLE_STATE * count + seed];
-    float alpha = seeds->alpha ? seeds->alpha[seed] : 1.0f;
-    if (!takes_part(lifecycle, blueprint, strategy, seeds->num_blueprints)) return false;
-    int64_t at = blueprint * features + feature;
-    double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at), v = 0.0;
-    if (strategy == KASMINA_AFFINE) v = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, at + features);
-    if (wide) {
-        kasmina_coefficients_f64(strategy, alpha, w, v, a, b);
-    } else {
-        float slope, intercept;
-        kasmina_coefficients_f32(strategy, alpha, (float)w, (float)v, &slope, &intercept);
-        *a = slope, *b = intercept;
-    }
-    return true;
+    memset((char *)out->mask + (size_t)columns.begin * t->element_size, grafted ? 0xff : 0,
+           (size_t)(columns.end - columns.begin) * t->element_size);
 }
 
-static void set_column(const kasmina_tiling *t, kasmina_tile_coefficients *out, int64_t i, bool grafted, double a,
-                       double b)
+static void fill_identity(const kasmina_tiling *t, kasmina_tile_coefficients *out, run columns)
 {
-    if (t->ops->size == sizeof(double)) {
-        out->a[i] = a, out->b[i] = b;
-    } else {
-        ((float *)out->a)[i] = (float)a, ((float *)out->b)[i] = (float)b;
+    const bool wide = t->ops->size == sizeof(double);
+    for (int64_t i = columns.begin; i < columns.end; ++i) {
+        if (wide)
+            out->a[i] = 1.0, out->b[i] = -0.0;
+        else
+            ((float *)out->a)[i] = 1.0f, ((float *)out->b)[i] = -0.0f;
     }
-    memset((char *)out->mask + (size_t)i * t->element_size, grafted ? 0xff : 0, t->element_size);
+    set_mask(t, out, columns, false);
+}
+
+/* Of one seed that takes part; `first_column` is the tile's. */
+static void fill_seed(const kasmina_tiling *t, const kasmina_seeds *seeds, int64_t seed, int64_t first_column,
+                      kasmina_tile_coefficients *out, run columns)
+{
+    const bool wide = t->ops->size == sizeof(double);
+    const int64_t features = t->columns / t->inner, count = seeds->chunks.count;
+    const int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];
+    const float alpha = seeds->alpha ? seeds->alpha[seed] : 1.0f;
+    const int64_t row = seeds->state[KASMINA_BLUEPRINT_ID * count + seed] * features;
+    for (int64_t i = columns.begin; i < columns.end;) {
+        const int64_t feature = (first_column + i) / t->inner;
+        const int64_t stop = min64((feature + 1) * t->inner - first_column, columns.end);
+        const double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, row + feature);
+        double v = 0.0;
+        if (strategy == KASMINA_AFFINE)
+            v = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, row + features + feature);
+        if (wide) {
+            double a, b;
+            kasmina_coefficients_f64(strategy, alpha, w, v, &a, &b);
+            for (; i < stop; ++i) out->a[i] = a, out->b[i] = b;
+        } else {
+            float a, b;
+            kasmina_coefficients_f32(strategy, alpha, (float)w, (float)v, &a, &b);
+            for (; i < stop; ++i) ((float *)out->a)[i] = a, ((float *)out->b)[i] = b;
+        }
+    }
+    set_mask(t, out, columns, true);
 }
 
 void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, const kasmina_seeds *seeds,
                                kasmina_seed_test *takes_part, kasmina_tile_coefficients *out)
 {
-    const bool wide = t->ops->size == sizeof(double);
-    const int64_t features = t->columns / t->inner;
-    int64_t feature = p->first_column / t->inner, seed = kasmina_find_seed(&seeds->chunks, feature);
+    const int64_t features = t->columns / t->inner, count = seeds->chunks.count;
+    int64_t seed = kasmina_find_seed(&seeds->chunks, p->first_column / t->inner);
     out->any = false, out->all = true;
-    for (int64_t i = 0; i < p->columns; ++feature) {
-        double a = 1.0, b = -0.0;
-        int64_t first, end, stop = min64((feature + 1) * t->inner - p->first_column, p->columns);
-        if (seed + 1 < seeds->chunks.count && seeds->chunks.offsets[seed + 1] <= feature)
+    for (int64_t i = 0; i < p->columns;) {
+        const int64_t feature = (p->first_column + i) / t->inner;
+        if (seed + 1 < count && seeds->chunks.offsets[seed + 1] <= feature)
             seed = kasmina_next_seed(&seeds->chunks, seed);
-        bool grafted = false;
-        if (seed >= 0) {
-            kasmina_chunk_range(&seeds->chunks, features, seed, &first, &end);
-            grafted = feature < end && feature_coefficients(seeds, features, seed, feature, wide, takes_part, &a, &b);
-        }
+        int64_t first = 0, end = 0, stop = features; /* of the run, in features */
+        if (seed >= 0) kasmina_chunk_range(&seeds->chunks, features, seed, &first, &end);
+        const bool owned = seed >= 0 && feature < end;
+        if (owned)
+            stop = end;
+        else if (seed + 1 < count && seeds->chunks.offsets[seed + 1] > feature)
+            stop = min64(seeds->chunks.offsets[seed + 1], features);
+        else if (seed + 1 < count)
+            stop = feature + 1; /* empty seeds, or offsets that decrease: looked at one by one */
+        const run columns = {i, min64(stop * t->inner - p->first_column, p->columns)};
+        const bool grafted =
+            owned && takes_part(seeds->state[KASMINA_LIFECYCLE_STATE * count + seed],
+                                seeds->state[KASMINA_BLUEPRINT_ID * count + seed],
+                                seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed], seeds->num_blueprints);
+        if (grafted)
+            fill_seed(t, seeds, seed, p->first_column, out, columns);
+        else
+            fill_identity(t, out, columns);
         out->any = out->any || grafted;
         out->all = out->all && grafted;
-        for (; i < stop; ++i) set_column(t, out, i, grafted, a, b);
+        i = columns.end;
     }
 }
 
-void kasmina_store_row(const kasmina_tiling *t, void *target, const void *computed, const void *source,
-                       const kasmina_tile_coefficients *c, int64_t n)
+static void copy_near(void *target, const void *source, size_t bytes)
 {
-    if (!c->any) {
-        memcpy(target, source, (size_t)n * t->element_size);
-    } else if (t->element_size == 2) {
-        kasmina_narrow(t->dtype, target, computed, n);
-        if (!c->all) kasmina_restore_16(target, source, (const uint16_t *)c->mask, n);
-    } else if (c->all) {
-        memcpy(target, computed, (size_t)n * t->element_size);
-    } else {
-        t->ops->select(target, computed, source, c->mask, n);
+    memcpy(target, source, bytes);
+}
+
+void kasmina_fetch_rows(const kasmina_tiling *t, const void *matrix, const kasmina_patch *p, int64_t row, int count,
+                        void *wide, const void **rows)
+{
+    for (int r = 0; r < count; ++r) {
+        const int64_t ahead = row + r + KASMINA_ROWS_AT_ONCE;
+        rows[r] = kasmina_at(t, matrix, row + r, p->first_column);
+        if (ahead < p->first_row + p->rows)
+            kasmina_prefetch(kasmina_at(t, matrix, ahead, p->first_column), (size_t)p->columns * t->element_size);
+        if (!t->widens) continue;
+        float *widened = (float *)wide + r * KASMINA_TILE_COLUMNS;
+        kasmina_widen(t->dtype, widened, rows[r], p->columns);
+        rows[r] = widened;
+    }
+}
+
+void kasmina_place_rows(const kasmina_tiling *t, void *matrix, const kasmina_patch *p, int64_t row, int count,
+                        kasmina_rows_buffer *buffer, void **rows)
+{
+    for (int r = 0; r < count; ++r)
+        rows[r] = t->widens || t->streams ? (void *)(buffer->out + r * KASMINA_TILE_COLUMNS)
+                                          : (void *)kasmina_at(t, matrix, row + r, p->first_column);
+}
+
+void kasmina_finish_rows(const kasmina_tiling *t, void *matrix, const void *source, const kasmina_patch *p, int64_t row,
+                         int count, void *const *rows, const kasmina_tile_coefficients *c)
+{
+    const size_t bytes = (size_t)p->columns * t->element_size;
+    void (*const copy)(void *, const void *, size_t) = t->streams ? kasmina_stream_copy : copy_near;
+    for (int r = 0; r < count; ++r) {
+        void *target = (void *)kasmina_at(t, matrix, row + r, p->first_column);
+        const void *from = kasmina_at(t, source, row + r, p->first_column);
+        if (!c->any) {
+            copy(target, from, bytes);
+        } else if (t->widens) {
+            uint16_t narrow[KASMINA_TILE_COLUMNS];
+            kasmina_narrow(t->dtype, narrow, rows[r], p->columns);
+            if (!c->all) kasmina_restore_16(narrow, from, (const uint16_t *)c->mask, p->columns);
+            copy(target, narrow, bytes);
+        } else if (t->streams) {
+            copy(target, rows[r], bytes);
+        }
     }
 }

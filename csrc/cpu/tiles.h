@@ -10,6 +10,7 @@
 #ifndef KASMINA_CPU_TILES_H
 #define KASMINA_CPU_TILES_H
 
+#include "cpu/fused.h"
 #include "cpu/rows.h"
 #include "kernels.h"
 
@@ -24,7 +25,10 @@ typedef struct {
     int64_t tiles, blocks;
     size_t element_size; /* bytes of an activation */
     kasmina_dtype dtype;
-    const kasmina_rows *ops;
+    const kasmina_rows *ops;    /* loops over reals */
+    const kasmina_fused *fused; /* over activations; over reals, which activations are widened to, if `widens` */
+    bool widens;
+    bool streams; /* results are too large for a cache to keep */
 } kasmina_tiling;
 
 kasmina_tiling kasmina_make_tiling(const kasmina_layout *layout, kasmina_dtype dtype);
@@ -59,6 +63,12 @@ typedef struct {
     bool any, all;                                           /* whether some, all columns are grafted */
 } kasmina_tile_coefficients;
 
+/* The mask that a pass is to heed. */
+static inline const void *kasmina_pass_mask(const kasmina_tiling *t, const kasmina_tile_coefficients *c)
+{
+    return c->all || t->widens ? NULL : c->mask; /* widened rows are mended when they are finished */
+}
+
 /* Whether a seed takes part: kasmina_is_grafted or kasmina_is_training. */
 typedef bool kasmina_seed_test(int32_t lifecycle, int32_t blueprint, int32_t strategy, int64_t num_blueprints);
 
@@ -66,11 +76,26 @@ typedef bool kasmina_seed_test(int32_t lifecycle, int32_t blueprint, int32_t str
 void kasmina_fill_coefficients(const kasmina_tiling *tiling, const kasmina_patch *patch, const kasmina_seeds *seeds,
                                kasmina_seed_test *takes_part, kasmina_tile_coefficients *out);
 
+/* A few rows on their way through a pass of fused.h. Zeroed by nobody: what is used is written first. */
+typedef struct {
+    double wide[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS / 2]; /* storage of widened activations */
+    double out[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS];      /* of results that are not written in place */
+} kasmina_rows_buffer;
+
+/* Rows as a pass wants them: in place or widened. Those that follow in the patch are asked for ahead of time. */
+void kasmina_fetch_rows(const kasmina_tiling *tiling, const void *matrix, const kasmina_patch *patch, int64_t row,
+                        int count, void *wide, const void **rows);
+
+/* Where a pass writes its results for these rows: in place, or into the buffer. */
+void kasmina_place_rows(const kasmina_tiling *tiling, void *matrix, const kasmina_patch *patch, int64_t row, int count,
+                        kasmina_rows_buffer *buffer, void **rows);
+
 /*
- * Write one row of results: computed[i] (reals) where grafted, else the bits of source[i] (activations).
+ * After the pass: brings results that are not in place there; where no column is grafted, copies `source` instead, for
+ * which no pass is needed.
  */
-void kasmina_store_row(const kasmina_tiling *tiling, void *target, const void *computed, const void *source,
-                       const kasmina_tile_coefficients *coefficients, int64_t n);
+void kasmina_finish_rows(const kasmina_tiling *tiling, void *matrix, const void *source, const kasmina_patch *patch,
+                         int64_t row, int count, void *const *rows, const kasmina_tile_coefficients *coefficients);
 
 /* The features [first, end) of seed s, clamped to [0, features]. */
 static inline void kasmina_chunk_range(const kasmina_chunks *chunks, int64_t features, int64_t seed, int64_t *first,

@@ -8,38 +8,15 @@ namespace
 /* Devices whose answer is kept; there is no machine with more. A larger index is asked anew. */
 constexpr int KEPT_DEVICES = 64;
 
-enum image { UNKNOWN, NO_IMAGE, PLAIN_IMAGE, DEPENDENT_IMAGE };
-
-/* Read and written whole and atomically: threads that race find the same answer. */
-int kept_images[KEPT_DEVICES];
+/*
+ * What is known of each device: 1 + 2 * multiprocessors + dependent_launch, or 0. Read and written whole and
+ * atomically: threads that race find the same answer.
+ */
+int kept[KEPT_DEVICES];
 
 /* Every kernel is compiled for the same targets, so one without contents answers for all. */
 __global__ void probe()
 {
-}
-
-/* The image that the current device, `index`, would run. UNKNOWN where CUDA itself fails. */
-image image_for(int index)
-{
-    const bool kept = index >= 0 && index < KEPT_DEVICES;
-    if (kept) {
-        const int known = __atomic_load_n(&kept_images[index], __ATOMIC_RELAXED);
-        if (known != UNKNOWN) return (image)known;
-    }
-    cudaFuncAttributes attributes;
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
-    image found = UNKNOWN;
-    if (error == cudaSuccess) {
-        /* The code, not the GPU, decides: PTX of an older target is compiled without the waits. */
-        found = attributes.ptxVersion >= 90 ? DEPENDENT_IMAGE : PLAIN_IMAGE;
-    } else {
-        (void)cudaGetLastError();
-        if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
-            error == cudaErrorUnsupportedPtxVersion)
-            found = NO_IMAGE;
-    }
-    if (kept && found != UNKNOWN) __atomic_store_n(&kept_images[index], found, __ATOMIC_RELAXED);
-    return found;
 }
 
 } /* namespace */
@@ -48,14 +25,23 @@ cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device)
 {
     int index = 0;
     cudaError_t error = cudaGetDevice(&index);
+    const bool keep = error == cudaSuccess && index >= 0 && index < KEPT_DEVICES;
+    const int known = keep ? __atomic_load_n(&kept[index], __ATOMIC_RELAXED) : 0;
+    if (known) {
+        *device = {(known - 1) / 2, (known - 1) % 2 != 0};
+        return cudaSuccess;
+    }
+    cudaFuncAttributes attributes = {};
     if (error == cudaSuccess)
         error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
-    if (error != cudaSuccess) {
-        (void)cudaGetLastError();
-        return error;
-    }
-    device->dependent_launch = image_for(index) == DEPENDENT_IMAGE;
-    return cudaSuccess;
+    /* Where there is no image for the device, the launch will say so. */
+    const bool found = error == cudaSuccess && cudaFuncGetAttributes(&attributes, probe) == cudaSuccess;
+    if (!found) (void)cudaGetLastError();
+    /* The code, not the GPU, decides: PTX of an older target is compiled without the waits. */
+    device->dependent_launch = found && attributes.ptxVersion >= 90;
+    if (keep && found)
+        __atomic_store_n(&kept[index], 1 + 2 * device->multiprocessors + device->dependent_launch, __ATOMIC_RELAXED);
+    return error;
 }
 
 const char *kasmina_cuda_error_string(int code)

@@ -1,8 +1,4 @@
-/*
- * The four element types as 16-byte vectors: decoding to the accumulation type, rounding back, and
- * the two ways of moving them. RAGGED moves element by element, where addresses are not multiples of
- * 16 bytes; the elements of one thread then lie `stride` apart, so that a warp stays coalesced.
- */
+/* The four element types as 16-byte vectors: decoding to the accumulation type, rounding back, storing them. */
 #ifndef KASMINA_CUDA_ELEMENTS_CUH
 #define KASMINA_CUDA_ELEMENTS_CUH
 
@@ -44,6 +40,10 @@ template <> struct element<KASMINA_FLOAT32> {
     {
         return __uint_as_float(bits);
     }
+    static __device__ __forceinline__ uint32_t rounded(float value)
+    {
+        return __float_as_uint(value);
+    }
 };
 
 template <> struct element<KASMINA_FLOAT64> {
@@ -66,6 +66,10 @@ template <> struct element<KASMINA_FLOAT64> {
     static __device__ __forceinline__ double value(uint64_t bits)
     {
         return __longlong_as_double((long long)bits);
+    }
+    static __device__ __forceinline__ uint64_t rounded(double value)
+    {
+        return (uint64_t)__double_as_longlong(value);
     }
 };
 
@@ -90,6 +94,10 @@ template <> struct element<KASMINA_BFLOAT16> {
     {
         return from_bfloat16(bits);
     }
+    static __device__ __forceinline__ uint16_t rounded(float value)
+    {
+        return to_bfloat16(value);
+    }
 };
 
 template <> struct element<KASMINA_FLOAT16> {
@@ -113,12 +121,21 @@ template <> struct element<KASMINA_FLOAT16> {
     {
         return from_float16(bits);
     }
+    static __device__ __forceinline__ uint16_t rounded(float value)
+    {
+        return to_float16(value);
+    }
 };
 
 __device__ __forceinline__ void copy_vector(const vector_bits &from, vector_bits &to)
 {
 #pragma unroll
     for (int i = 0; i < VECTOR_WORDS; ++i) to[i] = from[i];
+}
+
+__device__ __forceinline__ void to_vector(const uint4 &from, vector_bits &to)
+{
+    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
 }
 
 /* Of a vector's elements, those without a bit in `chosen` become those of `other`, bit for bit. */
@@ -153,67 +170,35 @@ template <int VEC> __device__ __forceinline__ unsigned nonzero_elements(const ve
     return found;
 }
 
-/* ---- A vector in flight: loaded now, looked at later ---- */
-
-template <kasmina_dtype D, bool RAGGED> struct fetched;
-
-template <kasmina_dtype D> struct fetched<D, false> {
-    vector_bits words = {};
-
-    /* valid: 0, or all of the vector. */
-    __device__ __forceinline__ void load(const typename element<D>::bits *p, int valid, int)
-    {
-        load_vector(words, p, valid > 0);
-    }
-    __device__ __forceinline__ void get(vector_bits &w) const
-    {
-        copy_vector(words, w);
-    }
-};
-
-template <kasmina_dtype D> struct fetched<D, true> {
-    using bits = typename element<D>::bits;
-    static constexpr int VEC = VECTOR_BYTES / sizeof(bits);
-    bits parts[VEC] = {};
-
-    /* valid: how many of the thread's elements exist; the first is at p, the next at p + stride. */
-    __device__ __forceinline__ void load(const bits *p, int valid, int stride)
-    {
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) load_element(parts[j], p + j * stride, j < valid);
-    }
-    __device__ __forceinline__ void get(vector_bits &w) const
-    {
-#pragma unroll
-        for (int i = 0; i < VECTOR_WORDS; ++i) {
-            if constexpr (sizeof(bits) == 2)
-                w[i] = parts[2 * i] | (uint32_t)parts[2 * i + 1] << 16;
-            else if constexpr (sizeof(bits) == 4)
-                w[i] = parts[i];
-            else
-                w[i] = (uint32_t)(parts[i / 2] >> (i % 2 * 32));
-        }
-    }
-};
-
-/* The arguments are those of fetched::load. */
-template <kasmina_dtype D, bool RAGGED>
-__device__ __forceinline__ void store(typename element<D>::bits *p, const vector_bits &w, int valid, int stride)
+/* The same, called rather than copied into loops where few vectors need it. */
+template <int VEC> __device__ __noinline__ uint4 merge_elements(unsigned chosen, uint4 other, uint4 vector)
 {
-    using bits = typename element<D>::bits;
-    if constexpr (!RAGGED) {
-        store_vector(p, w);
-    } else {
+    vector_bits from, to;
+    to_vector(other, from);
+    to_vector(vector, to);
+    replace_elements<VEC>(chosen, from, to);
+    return make_uint4(to[0], to[1], to[2], to[3]);
+}
+
+__device__ __forceinline__ uint4 from_vector(const vector_bits &w)
+{
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+/* Of a vector's elements, those with a bit in `mask`. */
+template <typename bits> __device__ __noinline__ void store_elements(bits *p, uint4 vector, unsigned mask)
+{
+    constexpr int VEC = VECTOR_BYTES / sizeof(bits);
+    const uint32_t w[VECTOR_WORDS] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-        for (int j = 0; j < VECTOR_BYTES / (int)sizeof(bits); ++j) {
-            if (j >= valid) continue;
-            if constexpr (sizeof(bits) == 2)
-                p[j * stride] = (bits)(w[j / 2] >> (j % 2 * 16));
-            else if constexpr (sizeof(bits) == 4)
-                p[j * stride] = w[j];
-            else
-                p[j * stride] = w[2 * j] | (uint64_t)w[2 * j + 1] << 32;
-        }
+    for (int j = 0; j < VEC; ++j) {
+        if (!(mask >> j & 1u)) continue;
+        if constexpr (sizeof(bits) == 2)
+            p[j] = (bits)(w[j / 2] >> (j % 2 * 16));
+        else if constexpr (sizeof(bits) == 4)
+            p[j] = w[j];
+        else
+            p[j] = w[2 * j] | (uint64_t)w[2 * j + 1] << 32;
     }
 }
 

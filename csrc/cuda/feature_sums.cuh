@@ -49,13 +49,13 @@ struct feature_place {
 /* One share of a feature's partial sums: of its splits, and tiles where it spans several. */
 __device__ __forceinline__ double2 add_splits(const tiling &t, const feature_sums &sums, const feature_place &place)
 {
-    const int64_t first_tile = place.feature * t.inner / t.tile_columns;
-    const int64_t last_tile = (place.feature * t.inner + t.inner - 1) / t.tile_columns;
+    const int64_t first = place.feature * t.inner;
+    const int64_t first_tile = t.first_tile(first), last_tile = t.last_tile(first + t.inner - 1);
     double2 sum = make_double2(0.0, 0.0);
     for (int64_t tile = first_tile; tile <= last_tile; ++tile) {
 #pragma unroll 4
         for (uint32_t split = place.share; split < t.splits; split += FEATURE_SHARES) {
-            const double2 part = sums.partials[split * t.slots + tile + place.feature];
+            const double2 part = sums.partials[split * t.slots + t.slot_of(tile, place.feature)];
             sum.x += part.x;
             sum.y += part.y;
         }

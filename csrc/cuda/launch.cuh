@@ -17,6 +17,9 @@ cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device);
 namespace kasmina
 {
 
+/* What a block may have without being asked for. */
+constexpr size_t FREE_SHARED_BYTES = 48 << 10;
+
 /*
  * Enqueue kernel<<<blocks, threads, shared_bytes>>>(params). `dependent`: it may start before the
  * kernel enqueued last has ended, and calls wait_for_primary(). Returns the launch's error, which is
@@ -28,6 +31,14 @@ static cudaError_t launch(void (*kernel)(Params), const Params &params, int64_t 
 {
     if (blocks <= 0) return cudaSuccess;
     if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+    if (shared_bytes > FREE_SHARED_BYTES) {
+        const cudaError_t error =
+            cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        if (error != cudaSuccess) {
+            (void)cudaGetLastError();
+            return error;
+        }
+    }
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -42,6 +53,11 @@ static cudaError_t launch(void (*kernel)(Params), const Params &params, int64_t 
     const cudaError_t error = cudaLaunchKernelExC(&config, (const void *)kernel, arguments);
     const cudaError_t recorded = cudaGetLastError();
     return error != cudaSuccess ? error : recorded;
+}
+
+__host__ __device__ static inline int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
 }
 
 /* A part of the workspace; each begins at a multiple of 256 bytes. */

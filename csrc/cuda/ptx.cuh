@@ -1,5 +1,5 @@
 /*
- * The instructions that CUDA C++ has no words for: loads that bypass L1, conversions of the 16-bit
+ * The instructions that CUDA C++ has no words for: copies to shared memory, conversions of the 16-bit
  * formats (sm_75 lacks some of them), and the dependent launch of sm_90.
  */
 #ifndef KASMINA_CUDA_PTX_CUH
@@ -30,39 +30,85 @@ struct shared_carver {
     }
 };
 
-/*
- * ---- Loads and stores ----
- * Volatile keeps a batch of them together and ahead of its first use; a load that is not wanted
- * leaves its register alone. The activations are read once, so the wide ones leave no line in L1.
- */
+/* ---- Copies of 16 bytes from global to shared memory, which bypass L1; before sm_80, in two steps ---- */
 
-__device__ __forceinline__ void load_vector(uint32_t (&w)[4], const void *p, bool wanted)
+__device__ __forceinline__ uint32_t shared_address(const void *p)
 {
-    asm volatile("{\n\t.reg .pred q;\n\tsetp.ne.s32 q, %5, 0;\n\t"
-                 "@q ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-                 : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3])
-                 : "l"(p), "r"((int)wanted));
+    return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-__device__ __forceinline__ void load_element(uint16_t &bits, const void *p, bool wanted)
+__device__ __forceinline__ void load_shared(uint32_t (&w)[4], uint32_t at)
 {
-    asm volatile("{\n\t.reg .pred q;\n\tsetp.ne.s32 q, %2, 0;\n\t@q ld.global.nc.u16 %0, [%1];\n\t}"
-                 : "+h"(bits)
-                 : "l"(p), "r"((int)wanted));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(at)
+                 : "memory");
 }
 
-__device__ __forceinline__ void load_element(uint32_t &bits, const void *p, bool wanted)
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t at)
 {
-    asm volatile("{\n\t.reg .pred q;\n\tsetp.ne.s32 q, %2, 0;\n\t@q ld.global.nc.u32 %0, [%1];\n\t}"
-                 : "+r"(bits)
-                 : "l"(p), "r"((int)wanted));
+    uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");
+    return word;
 }
 
-__device__ __forceinline__ void load_element(uint64_t &bits, const void *p, bool wanted)
+__device__ __forceinline__ void store_shared(uint32_t at, uint16_t bits)
 {
-    asm volatile("{\n\t.reg .pred q;\n\tsetp.ne.s32 q, %2, 0;\n\t@q ld.global.nc.u64 %0, [%1];\n\t}"
-                 : "+l"(bits)
-                 : "l"(p), "r"((int)wanted));
+    asm volatile("st.shared.u16 [%0], %1;" : : "r"(at), "h"(bits) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, uint32_t bits)
+{
+    asm volatile("st.shared.u32 [%0], %1;" : : "r"(at), "r"(bits) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, uint64_t bits)
+{
+    asm volatile("st.shared.u64 [%0], %1;" : : "r"(at), "l"(bits) : "memory");
+}
+
+/* A plain load and a plain store; no later copy overtakes them. */
+__device__ __forceinline__ void copy_in_steps(uint32_t to, const void *from)
+{
+    const uint4 w = __ldg((const uint4 *)from);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"(to), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_to_shared(uint32_t to, const void *from)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+#else
+    copy_in_steps(to, from);
+#endif
+}
+
+__device__ __forceinline__ void copy_to_shared_through_l1(uint32_t to, const void *from)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
+#else
+    copy_in_steps(to, from);
+#endif
+}
+
+/* The copies since the last such end are one group. */
+__device__ __forceinline__ void end_of_copies()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* Until no more than the last GROUPS groups of this thread's copies are under way. */
+template <int GROUPS> __device__ __forceinline__ void wait_for_copies()
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
+#endif
 }
 
 /* A plain store, which stays in L2: the next operator reads what we write. */

@@ -9,6 +9,7 @@
 #include "cuda/feature_sums.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/row_ring.cuh"
 #include "cuda/seeds.cuh"
 #include "cuda/tiling.cuh"
 
@@ -17,8 +18,11 @@ namespace
 
 using namespace kasmina;
 
-/* Two tensors: half the rows keep as many bytes in flight. */
-constexpr int ROWS = ROWS_IN_FLIGHT / 2;
+/* As in the backward pass, which also reads two tensors. */
+constexpr int BLOCKS_PER_SM = 3;
+constexpr int ROWS = 2;
+constexpr int STAGES = 2;
+constexpr int MOST_ROWS = 64;
 
 struct residual_params {
     tiling tiles;
@@ -27,6 +31,7 @@ struct residual_params {
     const void *x;
     const void *target;
     bool derivative;
+    int granules; /* see row_ring.cuh */
 };
 
 struct gradient_params {
@@ -50,98 +55,128 @@ struct loss_params {
 
 /* ---- The pass over x and target ---- */
 
-template <typename T> struct residual_tables {
+template <kasmina_dtype D> struct residual_tables {
+    using T = typename element<D>::wide;
+    using ring = row_ring<D, 2, ROWS, STAGES>;
+    static constexpr int VEC = walker<D>::VEC;
+
+    unsigned char *rows; /* the ring; its memory then serves u and v */
+    T *u, *v;            /* [walkers][VEC][lanes] the threads' sums */
     tile_sums sums;
     coefficient_table<T> blend;
 
-    __device__ __forceinline__ residual_tables(const tiling &t, int vec)
+    static __host__ __device__ __forceinline__ uint32_t rows_bytes(const tiling &t, int granules)
+    {
+        const uint32_t sums = (uint32_t)(t.threads() * VEC * 2 * sizeof(T)), rows = ring::bytes(t, granules);
+        return sums > rows ? sums : rows;
+    }
+    static size_t total_bytes(const tiling &t, int granules)
+    {
+        const size_t width = (size_t)t.width;
+        return rows_bytes(t, granules) + sum_columns(t) * sizeof(double2) +
+               width * (2 * sizeof(T) + sizeof(uint32_t) + sizeof(int32_t));
+    }
+    __device__ __forceinline__ residual_tables(const tiling &t, int granules)
     {
         shared_carver shared;
-        sums.s1 = shared.take<double>(t.threads() * vec);
-        sums.s2 = shared.take<double>(t.threads() * vec);
+        rows = shared.take<unsigned char>((int)rows_bytes(t, granules));
+        u = (T *)rows;
+        v = u + t.threads() * VEC;
+        sums.columns = shared.take<double2>(sum_columns(t));
         blend.a = shared.take<T>(t.width);
         blend.b = shared.take<T>(t.width);
         blend.grafted = shared.take<uint32_t>(t.width);
         sums.count = NULL;
         sums.owner = t.inner > 1 ? shared.take<int32_t>(t.width) : NULL;
     }
+    /* Look a tile's features up, each by one thread. Whether this thread has seen one in training. */
+    __device__ __forceinline__ bool fill(const residual_params &p, const block_place &here) const
+    {
+        const tiling &t = p.tiles;
+        const int64_t first_feature = t.feature_of(max(here.origin, (int64_t)0));
+        bool training = false;
+        for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) {
+            const bool exists = here.exists(c);
+            const int64_t feature = exists ? t.feature_of(here.origin + c) : 0;
+            owner_blend found = {UNOWNED, {}};
+            if (exists) found = find_blend(p.table, feature);
+            blend.fill(p.table, c, found.blend, feature);
+            training = training || found.blend.grafted;
+            if (sums.owner) sums.owner[c] = exists ? (int32_t)(feature - first_feature) : UNOWNED;
+        }
+        return training;
+    }
 };
 
-size_t residual_shared_bytes(const tiling &t, int vec, size_t wide)
-{
-    const size_t width = (size_t)t.width, slots = (size_t)t.threads() * vec;
-    return slots * 16 + width * (2 * wide + sizeof(uint32_t) + sizeof(int32_t));
-}
-
-template <kasmina_dtype D, bool RAGGED>
+template <kasmina_dtype D>
 __global__ void __launch_bounds__(BLOCK, BLOCKS_PER_SM) residual_kernel(const __grid_constant__ residual_params p)
 {
     using T = typename element<D>::wide;
-    using way = walker<D, RAGGED>;
+    using way = walker<D>;
     constexpr int VEC = way::VEC;
-    static_assert(GROUP_ROWS % ROWS == 0, "groups end with a batch");
 
     allow_dependents();
     const tiling &t = p.tiles;
     const block_place here = block_place::here(t);
-    residual_tables<T> tables(t, VEC);
-    bool training = false;
-    for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) {
-        const bool exists = c < here.extent;
-        const int64_t feature = exists ? t.feature_of(here.origin + c) : 0;
-        tables.blend.fill(p.table, c, exists ? find_seed(p.table, feature) : UNOWNED, feature);
-        training = training || tables.blend.grafted[c];
-        if (tables.sums.owner) tables.sums.owner[c] = exists ? (int32_t)(feature - t.feature_of(here.origin)) : UNOWNED;
-    }
+    const residual_tables<D> tables(t, p.granules);
+    const bool training = tables.fill(p, here);
+    clear_columns(t, tables.sums);
     if (!__syncthreads_or(training)) return;
 
     way walk(t, here);
+    const void *const arrays[2] = {p.x, p.target};
+    typename residual_tables<D>::ring ring(t, walk, tables.rows, arrays, p.granules);
     T a[VEC], b[VEC], u[VEC], v[VEC];
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
-        a[j] = tables.blend.a[way::column(t, j)];
-        b[j] = tables.blend.b[way::column(t, j)];
+        const int c = way::column(t, walk.mask ? j : 0) * (walk.mask != 0);
+        a[j] = tables.blend.a[c];
+        b[j] = tables.blend.b[c];
         u[j] = v[j] = (T)0;
-        tables.sums.s1[way::slot(t, j)] = tables.sums.s2[way::slot(t, j)] = 0.0;
     }
-    int group_rows = 0;
+#pragma unroll 1
     while (walk.left > 0) {
-        fetched<D, RAGGED> rows_x[ROWS], rows_target[ROWS];
-        walk.fetch(t, p.x, rows_x);
-        walk.fetch(t, p.target, rows_target);
+        T products[VEC] = {}, residuals[VEC] = {}; /* of these rows, first: fewer roundings */
+        ring.template next<false>(t);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i, walk.advance(t)) {
-            const int valid = walk.valid(t);
-            if (valid == 0) continue;
+            if (walk.left <= 0) continue;
             vector_bits raw;
             T x[VEC], target[VEC];
-            rows_x[i].get(raw);
+            ring.template get<false>(t, i, 0, raw);
             element<D>::decode(raw, x);
-            rows_target[i].get(raw);
+            ring.template get<false>(t, i, 1, raw);
             element<D>::decode(raw, target);
 #pragma unroll
             for (int j = 0; j < VEC; ++j) {
-                if (RAGGED && j >= valid) continue;
                 const T r = add(multiply(a[j], x[j]), b[j]) - target[j];
-                u[j] = fused(r, p.derivative ? x[j] : r, u[j]);
-                v[j] += r;
+                products[j] = fused(r, p.derivative ? x[j] : r, products[j]);
+                residuals[j] += r;
             }
         }
-        group_rows += ROWS;
-        if (walk.left > 0 && group_rows < GROUP_ROWS) continue;
-        group_rows = 0;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            tables.sums.s1[way::slot(t, j)] += (double)u[j];
-            tables.sums.s2[way::slot(t, j)] += (double)v[j];
-            u[j] = v[j] = (T)0;
+            u[j] += products[j];
+            v[j] += residuals[j];
         }
+        ring.pop(t);
     }
 
-    reduce_tile<VEC, RAGGED>(t, tables.sums, [&](int c, int32_t, double sum_u, double sum_v, uint32_t) {
-        if (c >= here.extent) return;
-        const int64_t slot = here.tile + t.feature_of(here.origin + c);
-        p.partials[here.split * t.slots + slot] = make_double2(sum_u, sum_v);
+    __syncthreads(); /* the ring's memory is free */
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) {
+        tables.u[way::slot(t, j)] = u[j];
+        tables.v[way::slot(t, j)] = v[j];
+    }
+    __syncthreads();
+    const auto add_walker = [&](int, int w, int column, double2 &sum) {
+        const int slot = ((w * VEC + column % VEC) << t.lanes_log2) + column / VEC;
+        sum.x += (double)tables.u[slot];
+        sum.y += (double)tables.v[slot];
+    };
+    reduce_tile<VEC>(t, tables.sums, add_walker, [&](int c, int32_t, double2 sum, uint32_t) {
+        if (!here.exists(c)) return;
+        p.partials[here.split * t.slots + t.slot_of(here.tile, t.feature_of(here.origin + c))] = sum;
     });
 }
 
@@ -158,8 +193,9 @@ __global__ void __launch_bounds__(BLOCK) gradient_kernel(const __grid_constant__
     const feature_place here = feature_place::here();
     const bool exists = here.feature < p.table.features;
     allow_dependents();
-    const int32_t seed = exists ? find_seed(p.table, here.feature) : UNOWNED;
-    const seed_blend blend = blend_of(p.table, seed);
+    owner_blend found = {UNOWNED, {}};
+    if (exists) found = find_blend(p.table, here.feature);
+    const seed_blend &blend = found.blend;
     wait_for_primary();
     /* Where nobody trains, a tile may have left no sums. */
     const double2 total = total_feature(p.tiles, p.sums, here, blend.grafted);
@@ -170,8 +206,8 @@ __global__ void __launch_bounds__(BLOCK) gradient_kernel(const __grid_constant__
     }
     kasmina_feature_gradients gradients = {0.0, 0.0, 0.0};
     if (blend.grafted) {
-        const double weight = load_number<double>(p.wide ? KASMINA_FLOAT64 : KASMINA_FLOAT32, p.grad_loss, seed);
-        const double scale = 2.0 * weight / elements_of(p.table, seed, p.numbers_per_feature);
+        const double weight = load_number<double>(p.wide ? KASMINA_FLOAT64 : KASMINA_FLOAT32, p.grad_loss, found.seed);
+        const double scale = 2.0 * weight / elements_of(p.table, found.seed, p.numbers_per_feature);
         /* The blend's derivatives at alpha 1, with the residual in the place of the output's gradient. */
         gradients = kasmina_gradients(blend.strategy, 1.0, 0.0, 0.0, total.x, total.y);
         gradients.weight *= scale;
@@ -210,19 +246,21 @@ struct loss_job {
 
 __global__ void __launch_bounds__(BLOCK) loss_kernel(const __grid_constant__ loss_params p)
 {
-    for_each_seed(loss_job{p}, p.table.seeds.chunks.count, p.lanes);
+    for_each_seed(loss_job{p}, blockIdx.x, p.table.seeds.chunks.count, p.lanes);
 }
 
 /* ---- Launching ---- */
 
+grid_wish wished_grid(const kasmina_cuda_device &device)
+{
+    return {(int64_t)device.multiprocessors * BLOCKS_PER_SM, 1, MOST_ROWS};
+}
+
 template <kasmina_dtype D> cudaError_t launch_residuals(const residual_params &params, void *stream)
 {
-    constexpr int vec = VECTOR_BYTES / element_size(D);
     const tiling &t = params.tiles;
-    const bool aligned = is_aligned(t, params.x, vec) && is_aligned(t, params.target, vec);
-    const size_t shared = residual_shared_bytes(t, vec, sizeof(typename element<D>::wide));
-    void (*kernel)(residual_params) = aligned ? residual_kernel<D, false> : residual_kernel<D, true>;
-    return launch(kernel, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream, false);
+    const size_t shared = residual_tables<D>::total_bytes(t, params.granules);
+    return launch(residual_kernel<D>, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream, false);
 }
 
 cudaError_t launch_residuals(kasmina_dtype dtype, const residual_params &params, void *stream)
@@ -245,7 +283,7 @@ size_t kasmina_reconstruction_workspace_cuda(const kasmina_reconstruction_args *
     tiling t;
     feature_sums unused;
     if (kasmina_cuda_current_device(&device) != cudaSuccess) return 0;
-    if (!make_tiling(&t, args->layout, args->dtype, device.multiprocessors)) return 0;
+    if (!make_tiling(&t, args->layout, args->dtype, wished_grid(device))) return 0;
     return place_sums(t, NULL, &unused);
 }
 
@@ -261,13 +299,14 @@ int kasmina_reconstruction_cuda(const kasmina_reconstruction_args *args, void *s
 
     residual_params params = {};
     feature_sums sums = {};
-    if (!make_tiling(&params.tiles, args->layout, args->dtype, device.multiprocessors) || seeds > INT32_MAX)
+    if (!make_tiling(&params.tiles, args->layout, args->dtype, wished_grid(device)) || seeds > INT32_MAX)
         return cudaErrorInvalidConfiguration;
     (void)place_sums(params.tiles, args->workspace, &sums);
     params.table = make_seed_table(args->seeds, features, true);
     params.partials = sums.partials;
     params.x = args->x;
     params.target = args->target;
+    params.granules = granules_of(args->x, args->target);
     params.derivative = args->grad_loss != NULL;
     error = launch_residuals(args->dtype, params, stream);
     if (error != cudaSuccess) return error;

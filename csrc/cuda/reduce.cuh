@@ -12,68 +12,111 @@ namespace kasmina
 {
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
-constexpr int WARP = 32;
 
 /* ---- A tile: sum each column over the walkers, then each run of columns with one owner ---- */
 
-/* Walkers that one thread adds up; more are halved first, all threads at work. */
-constexpr int WALKERS_IN_SERIES = 8;
-
 struct tile_sums {
-    double *s1, *s2; /* [walkers][VEC][lanes]: see walker::slot */
-    uint32_t *count; /* [width], one more sum of each column, or NULL */
-    int32_t *owner;  /* [width]; negative: not summed. NULL: every column is a run of its own */
+    double2 *columns; /* [sum_columns] what each column has already, see clear_columns; then room for its sums */
+    uint32_t *count;  /* [width], one more sum of each column, or NULL */
+    int32_t *owner;   /* [width]; negative: not summed. NULL: every column is a run of its own */
 };
 
-/*
- * All threads of the block call this after their last store to `sums`. For each run
- * emit(first column, owner, s1, s2, count) is called by one thread.
- */
-template <int VEC, bool RAGGED, typename Emit>
-__device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &sums, const Emit &emit)
+/* Where a tile has fewer columns than threads, several threads share a column's walkers. */
+__host__ __device__ __forceinline__ int sum_columns(const tiling &t)
 {
-    const int threads = t.threads(), width = t.width, tid = (int)threadIdx.x;
-    const int lane = tid % WARP;
-    const auto slot_of = [&](int c) { return RAGGED ? c : ((c % VEC) << t.lanes_log2) + c / VEC; };
+    return t.width > t.threads() ? t.width : t.threads();
+}
 
-    int walkers = t.walkers();
-    __syncthreads();
-    for (; walkers > WALKERS_IN_SERIES; walkers /= 2) {
-        const int half = walkers / 2 * width;
-        for (int i = tid; i < half; i += threads) {
-            sums.s1[i] += sums.s1[i + half];
-            sums.s2[i] += sums.s2[i + half];
+__device__ __forceinline__ void clear_columns(const tiling &t, const tile_sums &sums)
+{
+    for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) sums.columns[c] = make_double2(0.0, 0.0);
+}
+
+/*
+ * The thread's columns with a bit in `again`, each summed by walk(j), onto what the columns have already: one walker
+ * after the other, so that the order is always the same. All threads of the block call this.
+ */
+template <kasmina_dtype D, typename Walk>
+__device__ __noinline__ void add_walked(const tiling &t, const tile_sums &sums, unsigned again, const Walk &walk)
+{
+    using way = walker<D>;
+    double2 walked[way::VEC];
+    for (unsigned rest = again; rest; rest &= rest - 1) {
+        const int j = __ffs((int)rest) - 1;
+        walked[j] = walk(j);
+    }
+    for (int w = 0; w < t.walkers(); ++w) {
+        for (unsigned rest = w == way::level(t) ? again : 0u; rest; rest &= rest - 1) {
+            const int j = __ffs((int)rest) - 1;
+            double2 &column = sums.columns[way::column(t, j)];
+            column.x += walked[j].x;
+            column.y += walked[j].y;
         }
         __syncthreads();
     }
+}
 
-    for (int base = tid - lane; base < width; base += threads) {
+/* Sums of a column over every `step`-th walker, onto `sum`; v is where the walker has the column. */
+template <int VEC, typename Add>
+__device__ __forceinline__ void sum_walkers(const tiling &t, int c, int first, int step, const Add &add, double2 &sum)
+{
+#pragma unroll 4
+    for (int w = first; w < t.walkers(); w += step) {
+        const int v = c - t.lead + shift_of<VEC>(t, w);
+        if (v >= 0 && v < t.lanes * VEC) add(c, w, v, sum);
+    }
+}
+
+/*
+ * All threads of the block call this after a barrier that follows their last store to what `add` reads.
+ * add(column, walker, place of the column in the walker, sum) adds a walker's sums onto `sum`. For each run
+ * emit(first column, owner, sum, count) is called by one thread.
+ */
+template <int VEC, typename Add, typename Emit>
+__device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &sums, const Add &add, const Emit &emit)
+{
+    const int threads = t.threads(), tid = (int)threadIdx.x, lane = tid % WARP;
+    const int side = (1 << t.lanes_log2) * VEC + (t.lead ? VEC : 0); /* no less than width */
+    const int shares = threads / side;
+
+    if (shares > 1) {
+        const int c = tid % side, share = tid / side;
+        double2 sum = make_double2(0.0, 0.0);
+        if (c < t.width && share < shares) {
+            if (share == 0) sum = sums.columns[c];
+            sum_walkers<VEC>(t, c, share, shares, add, sum);
+        }
+        __syncthreads();
+        sums.columns[tid] = sum;
+        __syncthreads();
+    }
+    for (int base = tid - lane; base < t.width; base += threads) {
         const int c = base + lane;
-        const bool exists = c < width;
-        double s1 = 0.0, s2 = 0.0;
-        if (exists) {
-            for (int i = 0; i < walkers; ++i) {
-                s1 += sums.s1[i * width + slot_of(c)];
-                s2 += sums.s2[i * width + slot_of(c)];
-            }
+        const bool exists = c < t.width;
+        double2 sum = make_double2(0.0, 0.0);
+        if (exists) sum = sums.columns[c];
+        if (exists && shares <= 1) sum_walkers<VEC>(t, c, 0, 1, add, sum);
+        for (int share = 1; exists && share < shares; ++share) {
+            const double2 part = sums.columns[share * side + c];
+            sum.x += part.x;
+            sum.y += part.y;
         }
         if (!sums.owner) {
-            if (exists) emit(c, 0, s1, s2, 0u);
+            if (exists) emit(c, 0, sum, 0u);
             continue;
         }
         const int32_t owner = exists ? sums.owner[c] : UNOWNED;
         uint32_t count = exists && sums.count ? sums.count[c] : 0u;
 #pragma unroll
         for (int distance = 1; distance < WARP; distance *= 2) {
-            const double far1 = __shfl_down_sync(FULL_WARP, s1, distance);
-            const double far2 = __shfl_down_sync(FULL_WARP, s2, distance);
+            const double far1 = __shfl_down_sync(FULL_WARP, sum.x, distance);
+            const double far2 = __shfl_down_sync(FULL_WARP, sum.y, distance);
             const uint32_t far_count = __shfl_down_sync(FULL_WARP, count, distance);
             const int32_t far_owner = __shfl_down_sync(FULL_WARP, owner, distance);
-            if (lane + distance < WARP && far_owner == owner) s1 += far1, s2 += far2, count += far_count;
+            if (lane + distance < WARP && far_owner == owner) sum.x += far1, sum.y += far2, count += far_count;
         }
         if (exists) {
-            sums.s1[slot_of(c)] = s1;
-            sums.s2[slot_of(c)] = s2;
+            sums.columns[c] = sum;
             if (sums.count) sums.count[c] = count;
         }
     }
@@ -81,18 +124,18 @@ __device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &su
     __syncthreads();
 
     /* Each column now holds the sum from itself to the end of its run or its 32 columns. */
-    for (int c = tid; c < width; c += threads) {
+    for (int c = tid; c < t.width; c += threads) {
         const int32_t owner = sums.owner[c];
         if (owner < 0 || (c > 0 && sums.owner[c - 1] == owner)) continue;
-        double s1 = sums.s1[slot_of(c)], s2 = sums.s2[slot_of(c)];
+        double2 sum = sums.columns[c];
         uint32_t count = sums.count ? sums.count[c] : 0u;
-        for (int next = (c / WARP + 1) * WARP; next < width; next += WARP) {
+        for (int next = (c / WARP + 1) * WARP; next < t.width; next += WARP) {
             if (sums.owner[next - 1] != owner || sums.owner[next] != owner) break;
-            s1 += sums.s1[slot_of(next)];
-            s2 += sums.s2[slot_of(next)];
+            sum.x += sums.columns[next].x;
+            sum.y += sums.columns[next].y;
             if (sums.count) count += sums.count[next];
         }
-        emit(c, owner, s1, s2, count);
+        emit(c, owner, sum, count);
     }
 }
 
@@ -134,14 +177,16 @@ __device__ __forceinline__ sum3 add_parts(const Job &job, const typename Job::se
 
 /*
  * Job: `open(s)` gives a Job::seed with `parts`, without reading what the kernel before wrote;
- * `add(seed, i, sum)` adds part i; `close(seed, sum)` is called by one thread. Blocks have BLOCK threads.
+ * `add(seed, i, sum)` adds part i; `close(seed, sum)` is called by one thread. Blocks have BLOCK threads; `block`
+ * counts those that share the seeds.
  */
-template <typename Job> __device__ __forceinline__ void for_each_seed(const Job &job, int64_t seeds, int lanes)
+template <typename Job>
+__device__ __forceinline__ void for_each_seed(const Job &job, int64_t block, int64_t seeds, int lanes)
 {
     __shared__ bool left_over[BLOCK];
     __shared__ sum3 warp_sums[BLOCK / WARP];
     const int tid = (int)threadIdx.x, group = tid / lanes, lane = tid % lanes;
-    const int64_t first = (int64_t)blockIdx.x * (BLOCK / lanes), s = first + group;
+    const int64_t first = block * (BLOCK / lanes), s = first + group;
 
     typename Job::seed seed = {};
     if (s < seeds) seed = job.open(s);

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "seed_math.h"
 #include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
 
 namespace kasmina
 {
@@ -45,20 +46,28 @@ __device__ __forceinline__ bool owns(const kasmina_chunks &chunks, int64_t seed,
     return (int)(first <= feature) & (int)(feature < last);
 }
 
-/* The seed that owns `feature`, else UNOWNED. */
-__device__ __forceinline__ int32_t find_seed(const seed_table &table, int64_t index)
+/* Where the balanced map would put the feature; UNOWNED where no seed can own it. */
+__device__ __forceinline__ int32_t guess_seed(const seed_table &table, int64_t index)
 {
-    const kasmina_chunks &chunks = table.seeds.chunks;
-    if (chunks.count == 0 || index >= INT32_MAX) return UNOWNED;
-    const int32_t feature = (int32_t)index, last = (int32_t)(chunks.count - 1);
-
-    const uint32_t f = (uint32_t)feature;
+    const int64_t count = table.seeds.chunks.count;
+    if (count == 0 || index >= INT32_MAX) return UNOWNED;
+    const uint32_t f = (uint32_t)index;
     const uint32_t balanced =
         index < table.in_longer ? f / table.longer_chunk : table.longer + (f - (uint32_t)table.in_longer) / table.chunk;
-    const int32_t guess = (int32_t)min(balanced, (uint32_t)last);
-    if (owns(chunks, guess, feature)) return guess;
-    const int32_t uniform = (int32_t)min(f / table.chunk, (uint32_t)last);
+    return (int32_t)min(balanced, (uint32_t)(count - 1));
+}
+
+/* The seed that owns the feature, else UNOWNED; not where the guess was right. */
+inline __device__ __noinline__ int32_t search_seed(const kasmina_chunks chunks, uint32_t chunk, int64_t features,
+                                                   int32_t feature)
+{
+    const int32_t last = (int32_t)(chunks.count - 1);
+    const int32_t uniform = (int32_t)min((uint32_t)feature / chunk, (uint32_t)last);
     if (owns(chunks, uniform, feature)) return uniform;
+    /* Seed s begins at the whole part of s * features / count. */
+    const int64_t even = ceil_div((int64_t)(feature + 1) * chunks.count, features) - 1;
+    const int32_t spread = (int32_t)min(even, (int64_t)last);
+    if (owns(chunks, spread, feature)) return spread;
 
     /* The last seed that starts at or before the feature. */
     int32_t low = 0, high = last;
@@ -70,6 +79,14 @@ __device__ __forceinline__ int32_t find_seed(const seed_table &table, int64_t in
             high = middle - 1;
     }
     return owns(chunks, low, feature) ? low : UNOWNED;
+}
+
+/* The seed that owns the feature, else UNOWNED. */
+__device__ __forceinline__ int32_t find_seed(const seed_table &table, int64_t index)
+{
+    const int32_t guess = guess_seed(table, index);
+    if (guess == UNOWNED || owns(table.seeds.chunks, guess, (int32_t)index)) return guess;
+    return search_seed(table.seeds.chunks, table.chunk, table.features, (int32_t)index);
 }
 
 /* The features of a seed, clamped: [first, last). */
@@ -107,6 +124,22 @@ __device__ __forceinline__ seed_blend blend_of(const seed_table &table, int32_t 
     return {grafted, kasmina_trains_weights(lifecycle), strategy, blueprint, alpha};
 }
 
+/* A feature's seed and what it does; the two are asked for at once, in the hope that the guess is right. */
+struct owner_blend {
+    int32_t seed;
+    seed_blend blend;
+};
+
+__device__ __forceinline__ owner_blend find_blend(const seed_table &table, int64_t index)
+{
+    const int32_t guess = guess_seed(table, index);
+    if (guess == UNOWNED) return {UNOWNED, blend_of(table, UNOWNED)};
+    const seed_blend blend = blend_of(table, guess);
+    if (owns(table.seeds.chunks, guess, (int32_t)index)) return {guess, blend};
+    const int32_t found = search_seed(table.seeds.chunks, table.chunk, table.features, (int32_t)index);
+    return {found, blend_of(table, found)};
+}
+
 /* The blueprint's weight for a feature and, for AFFINE, that of the next row, as T. */
 template <typename T> struct weight_pair {
     T w, next;
@@ -140,9 +173,8 @@ template <typename T> struct coefficient_table {
     T *a, *b;          /* [width] */
     uint32_t *grafted; /* [width] 0 or 1 */
 
-    __device__ __forceinline__ void fill(const seed_table &table, int c, int32_t seed, int64_t feature)
+    __device__ __forceinline__ void fill(const seed_table &table, int c, const seed_blend &blend, int64_t feature) const
     {
-        const seed_blend blend = blend_of(table, seed);
         T slope = (T)1, offset = (T)-0.0;
         if (blend.grafted) coefficients(blend, weights_of<T>(table, blend, feature), &slope, &offset);
         a[c] = slope;

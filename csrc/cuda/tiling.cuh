@@ -5,54 +5,60 @@
  *
  * A row of memory has features * inner columns. Each thread keeps VEC columns and walks down rows:
  *
- *   small inner   a tile is `width` adjacent columns, of whatever features; rows are outer.
- *   large inner   a tile is one feature's plane, cut into chunks of `width`; rows are (outer, chunk),
- *                 so that one look-up of the feature serves many elements.
+ *   small inner   a tile is adjacent columns, of whatever features; rows are outer.
+ *   large inner   a tile is one feature's plane, so that one look-up serves many elements. The vectors of
+ *                 all its planes, one after the other, are dealt to the threads; `lanes` of them are a row.
  *
- * A tile's sums go to slot tile + feature, one for each feature at which a run of equal owners
- * begins: from one run to the next, tile or feature grows, so no two runs share a slot.
+ * Vectors begin at multiples of 16 bytes. Where rows do not (columns is no multiple of VEC), tiles are
+ * staggered: each row of a tile begins up to VEC - 1 columns to the left, at its last such multiple.
+ * Rows that are a multiple of VEC apart begin alike, and a thread walks only such rows: its columns
+ * stay the same. At the ends of a row some of a vector's elements belong to another row.
+ *
+ * A tile's sums go to slot tile * (lead + 1) + feature, one for each feature at which a run of equal
+ * owners begins: from one run to the next, tile or feature grows, so no two runs share a slot.
  */
 #ifndef KASMINA_CUDA_TILING_CUH
 #define KASMINA_CUDA_TILING_CUH
 
 #include "kernels.h"
 #include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
 
 namespace kasmina
 {
 
+constexpr int WARP = 32;
 /* Eight warps hide each other's prologue and epilogue, and share one look-up of the seeds. */
 constexpr int BLOCK = 256;
-/* 24 warps of 64 bytes a thread keep 48 KiB a multiprocessor in flight; 80 registers remain. */
-constexpr int BLOCKS_PER_SM = 3;
 /* Lanes side by side: a full warp reads 512 adjacent bytes. */
 constexpr int MAX_LANES = 32;
-/* Rows that a thread loads before it uses the first. */
-constexpr int ROWS_IN_FLIGHT = 4;
-/* Sums stay in float32 for so many rows, then move to float64: the error of 32 additions is ~1e-6. */
-constexpr int GROUP_ROWS = 32;
-/* Above so many waves of blocks the last, half-empty one no longer matters. */
-constexpr int MANY_WAVES = 8;
+/* Fewer rows than this are not worth a thread's start. */
+constexpr int LEAST_ROWS = 4;
+/* Nor is a further wave of blocks, if its threads have fewer rows than this. */
+constexpr int LEAST_ROWS_OF_WAVES = 16;
 /* How full the last wave must be for the search of a split to stop, and its longest search. */
 constexpr double FULL_ENOUGH = 0.9;
 constexpr int SPLIT_TRIES = 16;
-/* Below so many outer rows a look-up per column does not pay, even where planes are not aligned. */
-constexpr int FEW_ROWS = 32;
 
 struct tiling {
     int64_t features, inner;
     int64_t columns;        /* features * inner: elements between one outer index and the next */
-    int64_t tile_columns;   /* columns that a tile covers: width, or inner where it is a plane */
+    int64_t elements;       /* of the whole tensor */
+    int64_t tile_columns;   /* from one tile to the next */
     int64_t rows;           /* outer, or outer * chunks */
     int64_t rows_per_split; /* a multiple of the walkers */
-    int64_t slots;          /* tiles + features */
+    int64_t slots;          /* tiles * (lead + 1) + features */
+    int64_t vectors;        /* of a tile: rows * lanes; where it is a plane, of all its planes */
     int64_t step, wrap;     /* to a thread's next row: elements forward, and more at a plane's end */
     uint32_t tiles, splits; /* the grid is tiles * splits */
-    int32_t width;          /* columns side by side: lanes * VEC */
-    int32_t chunks;         /* of a plane, else 1 */
-    int32_t chunk_step;     /* chunks from a thread's row to its next */
-    int32_t lanes_log2;     /* threads side by side */
+    int32_t lanes;          /* threads side by side with columns of their own */
+    int32_t lanes_log2;     /* the same rounded up to a power of two */
     int32_t walkers_log2;   /* threads one row below the other */
+    int32_t lead;           /* VEC - 1 where tiles are staggered, else 0 */
+    int32_t stagger;        /* columns % VEC */
+    int32_t width;          /* columns that a tile's tables cover: lead + lanes * VEC */
+    int32_t plane;          /* vectors of a plane, or 0 where tiles are no planes */
+    int32_t plane_step;     /* the same from a thread's row to its next */
 
     __host__ __device__ int threads() const
     {
@@ -66,14 +72,27 @@ struct tiling {
     {
         return inner == 1 ? column : column / inner;
     }
+    /* Where the sums of a run go that begins at `feature` in `tile`. */
+    __device__ __forceinline__ int64_t slot_of(int64_t tile, int64_t feature) const
+    {
+        return tile * (lead + 1) + feature;
+    }
+    /* The tiles that have columns [first, last], and the first column in one of them. */
+    __device__ __forceinline__ int64_t first_tile(int64_t first) const
+    {
+        return first / tile_columns;
+    }
+    __device__ __forceinline__ int64_t last_tile(int64_t last) const
+    {
+        return (last + lead) / tile_columns;
+    }
+    __device__ __forceinline__ int64_t first_column(int64_t tile, int64_t first) const
+    {
+        return max(tile * tile_columns - lead, first);
+    }
 };
 
 /* ---- Host: cutting ---- */
-
-static inline int64_t ceil_div(int64_t a, int64_t b)
-{
-    return (a + b - 1) / b;
-}
 
 static inline int ceil_log2(int64_t n)
 {
@@ -92,17 +111,27 @@ static inline int64_t most(int64_t a, int64_t b)
     return a > b ? a : b;
 }
 
+/* What a pass wishes for. */
+struct grid_wish {
+    int64_t blocks_at_once; /* blocks of BLOCK threads that the device holds */
+    int waves;              /* how many times that many it would like, for an even end */
+    int most_rows;          /* a thread's, so that sums in float32 stay exact to ~1e-6 */
+};
+
 /* In how many parts to cut the rows so that whole waves of blocks fill the device. */
-static inline int64_t choose_splits(int64_t tiles, int64_t max_splits, int64_t blocks_at_once)
+static inline int64_t choose_splits(int64_t tiles, int64_t rows, int64_t walkers, grid_wish wish)
 {
-    if (max_splits <= 1 || tiles >= MANY_WAVES * blocks_at_once) return 1;
-    int64_t first = most(1, (int64_t)(FULL_ENOUGH * (double)blocks_at_once) / tiles);
-    if (first >= max_splits) return max_splits;
+    const int64_t blocks_at_once = wish.blocks_at_once;
+    const int64_t one_wave = (int64_t)(FULL_ENOUGH * (double)blocks_at_once / (double)tiles);
+    const int64_t waves = least(wish.waves * one_wave, rows / (LEAST_ROWS_OF_WAVES * walkers));
+    const int64_t first = most(most(one_wave, waves), ceil_div(rows, wish.most_rows * walkers));
+    const int64_t last = ceil_div(rows, LEAST_ROWS * walkers);
+    if (first >= last) return last;
     int64_t best = first;
     double best_fill = 0.0;
-    for (int64_t splits = first; splits <= least(max_splits, first + SPLIT_TRIES); ++splits) {
-        const int64_t blocks = tiles * splits, waves = ceil_div(blocks, blocks_at_once);
-        const double fill = (double)blocks / (double)(waves * blocks_at_once);
+    for (int64_t splits = first; splits <= least(last, first + SPLIT_TRIES); ++splits) {
+        const int64_t blocks = tiles * splits, filled = ceil_div(blocks, blocks_at_once) * blocks_at_once;
+        const double fill = (double)blocks / (double)filled;
         if (fill > best_fill) best = splits, best_fill = fill;
         if (fill >= FULL_ENOUGH) break;
     }
@@ -110,56 +139,62 @@ static inline int64_t choose_splits(int64_t tiles, int64_t max_splits, int64_t b
 }
 
 /* False where the grid would be larger than CUDA allows, which takes more memory than there is. */
-static inline bool make_tiling(tiling *t, kasmina_layout layout, kasmina_dtype dtype, int multiprocessors)
+static inline bool make_tiling(tiling *t, kasmina_layout layout, kasmina_dtype dtype, grid_wish wish)
 {
     const int vec = VECTOR_BYTES / element_size(dtype);
-    const int64_t full_width = (int64_t)MAX_LANES * vec;
-    const bool planes = layout.inner >= 2 * full_width && (layout.inner % vec == 0 || layout.outer < FEW_ROWS);
+    const bool planes = layout.inner % vec == 0 && layout.inner >= MAX_LANES * vec;
     t->features = layout.features;
     t->inner = layout.inner;
     t->columns = layout.features * layout.inner;
-    t->lanes_log2 = ceil_log2(least(MAX_LANES, ceil_div(t->columns, vec)));
-    t->width = vec << t->lanes_log2;
-    t->tile_columns = planes ? layout.inner : t->width;
-    const int64_t tiles = ceil_div(t->columns, t->tile_columns);
-    const int64_t chunks = planes ? ceil_div(layout.inner, t->width) : 1;
-    t->rows = layout.outer * chunks;
+    t->elements = layout.outer * t->columns;
+    t->stagger = (int32_t)(t->columns % vec);
+    t->lead = t->stagger ? vec - 1 : 0;
+
+    /* Tiles of equal width; with the lead a staggered one still has no more columns than a block has threads. */
+    const int64_t across = ceil_div(t->columns + t->lead, vec);
+    const int64_t pieces = planes ? layout.features : ceil_div(across, t->stagger ? MAX_LANES - 1 : MAX_LANES);
+    t->lanes = planes ? MAX_LANES : (int32_t)ceil_div(across, pieces);
+    t->lanes_log2 = ceil_log2(t->lanes);
+    t->width = t->lead + t->lanes * vec;
+    t->tile_columns = planes ? layout.inner : t->lanes * vec;
+    t->vectors = layout.outer * (planes ? layout.inner / vec : t->lanes);
+    t->rows = ceil_div(t->vectors, t->lanes);
 
     const int most_log2 = ceil_log2(BLOCK) - t->lanes_log2;
-    const int least_log2 = 5 - t->lanes_log2; /* a whole warp */
-    const int wanted_log2 = ceil_log2(ceil_div(t->rows, ROWS_IN_FLIGHT));
+    const int warp_log2 = ceil_log2(WARP) - t->lanes_log2;
+    const int least_log2 = (int)most(warp_log2, t->stagger ? ceil_log2(vec) : 0);
+    const int wanted_log2 = ceil_log2(ceil_div(t->rows, LEAST_ROWS));
     t->walkers_log2 = (int)most(least_log2, least(most_log2, wanted_log2));
 
-    const int64_t at_once = (int64_t)multiprocessors * BLOCKS_PER_SM * BLOCK / t->threads();
-    const int64_t max_splits = ceil_div(t->rows, (int64_t)ROWS_IN_FLIGHT << t->walkers_log2);
-    const int64_t wanted = choose_splits(tiles, max_splits, at_once);
+    wish.blocks_at_once = wish.blocks_at_once * BLOCK / t->threads();
+    const int64_t wanted = choose_splits(pieces, t->rows, t->walkers(), wish);
     t->rows_per_split = ceil_div(ceil_div(t->rows, wanted), t->walkers()) << t->walkers_log2;
     const int64_t splits = ceil_div(t->rows, t->rows_per_split);
 
-    t->chunks = (int32_t)chunks;
-    t->chunk_step = (int32_t)(t->walkers() % chunks);
-    t->step = t->walkers() / chunks * t->columns + (int64_t)t->chunk_step * t->width;
-    t->wrap = t->columns - chunks * t->width;
-    t->tiles = (uint32_t)tiles;
+    const int64_t plane = planes ? layout.inner / vec : 0, vectors_on = (int64_t)t->walkers() * t->lanes;
+    t->plane = (int32_t)plane;
+    t->plane_step = (int32_t)(planes ? vectors_on % plane : 0);
+    t->step = planes ? vectors_on / plane * t->columns + t->plane_step * vec : t->walkers() * t->columns;
+    t->wrap = t->columns - layout.inner;
+    t->tiles = (uint32_t)pieces;
     t->splits = (uint32_t)splits;
-    t->slots = tiles + t->features;
-    return tiles <= INT32_MAX && tiles * splits <= INT32_MAX && chunks <= INT32_MAX &&
+    t->slots = pieces * (t->lead + 1) + t->features;
+    return pieces <= INT32_MAX && pieces * splits <= INT32_MAX && plane <= INT32_MAX / 2 &&
            t->rows_per_split / t->walkers() <= INT32_MAX;
-}
-
-/* Whether every vector of the array starts at a multiple of 16 bytes. */
-static inline bool is_aligned(const tiling &t, const void *array, int vec)
-{
-    const bool lines = t.columns % vec == 0 && t.tile_columns % vec == 0;
-    return lines && (uintptr_t)array % VECTOR_BYTES == 0;
 }
 
 /* ---- Device ---- */
 
+/* By how many columns the rows of a walker lie to the left of where a tile's own columns begin. */
+template <int VEC> __device__ __forceinline__ int shift_of(const tiling &t, int level)
+{
+    return level * t.stagger % VEC;
+}
+
 /* What a block works on. */
 struct block_place {
-    int64_t origin; /* first column of the tile */
-    int64_t extent; /* columns that the tile has */
+    int64_t origin; /* the column of memory that its tables begin with; negative in a staggered first tile */
+    int64_t extent; /* columns from there on that exist in the tensor, or in the plane that the tile is */
     uint32_t tile, split;
 
     __device__ __forceinline__ static block_place here(const tiling &t)
@@ -167,42 +202,35 @@ struct block_place {
         block_place place;
         place.tile = blockIdx.x % t.tiles;
         place.split = blockIdx.x / t.tiles;
-        place.origin = (int64_t)place.tile * t.tile_columns;
-        place.extent = min(t.tile_columns, t.columns - place.origin);
+        place.origin = (int64_t)place.tile * t.tile_columns - t.lead;
+        place.extent = t.plane ? t.inner : t.columns - place.origin;
         return place;
     }
-    /* The element at which a row of the tile begins, and the chunk that the row is. */
-    __device__ __forceinline__ int64_t locate(const tiling &t, int64_t row, int &chunk) const
+    /* Whether column c of the tables is one of the tensor. */
+    __device__ __forceinline__ bool exists(int c) const
     {
-        chunk = 0;
-        if (t.chunks == 1) return origin + row * t.columns;
-        const int64_t outer = row / t.chunks;
-        chunk = (int)(row - outer * t.chunks);
-        return origin + outer * t.columns + (int64_t)chunk * t.width;
+        return c < extent && origin + c >= 0;
     }
 };
 
 /* One thread's way down its columns. Only what every row needs is kept: registers are scarce. */
-template <kasmina_dtype D, bool RAGGED> struct walker {
+template <kasmina_dtype D> struct walker {
     using bits = typename element<D>::bits;
     static constexpr int VEC = VECTOR_BYTES / sizeof(bits);
+    static constexpr unsigned ALL = ~(~0u << VEC);
 
-    int64_t at; /* the thread's first element of its current row */
-    int chunk;  /* of the current row */
-    int left;   /* rows from the current one on; not above 0: there is no row */
-    int last;   /* how many of its columns exist in the last chunk; in the others all do */
+    int64_t at;    /* the thread's first element of its current row */
+    int in_plane;  /* the vector that this is in its plane */
+    int left;      /* rows from the current one on; not above 0: there is no row */
+    unsigned mask; /* a bit for each of its elements that exists; those before it may lie to the left of the row */
 
     __device__ __forceinline__ walker(const tiling &t, const block_place &place)
     {
-        const int64_t rest = place.extent - (int64_t)(t.chunks - 1) * t.width - column(t, 0);
-        if (rest <= 0)
-            last = 0;
-        else if (!RAGGED)
-            last = VEC;
-        else
-            last = (int)min((int64_t)VEC, (rest + stride(t) - 1) >> t.lanes_log2);
-        left = last == 0 && t.chunks == 1 ? 0 : count_rows(t, place);
-        at = place.locate(t, first_row(t, place), chunk) + column(t, 0);
+        const int64_t first = place.origin + column(t, 0), last = t.plane ? first + VEC : t.columns;
+        const int before = (int)max(-first, (int64_t)0), end = (int)min(max(last - first, (int64_t)0), (int64_t)VEC);
+        mask = lane(t) < t.lanes ? ALL << before & ~(~0u << end) : 0u;
+        left = mask ? count_rows(t, place, level(t), lane(t)) : 0;
+        at = locate(t, place, first_row(t, place, level(t)), in_plane);
     }
     /* The thread's place in the block: across, down. */
     static __device__ __forceinline__ int lane(const tiling &t)
@@ -213,70 +241,55 @@ template <kasmina_dtype D, bool RAGGED> struct walker {
     {
         return (int)threadIdx.x >> t.lanes_log2;
     }
-    static __device__ __forceinline__ int64_t first_row(const tiling &t, const block_place &place)
+    static __device__ __forceinline__ int64_t first_row(const tiling &t, const block_place &place, int level)
     {
-        return (int64_t)place.split * t.rows_per_split + level(t);
+        return (int64_t)place.split * t.rows_per_split + level;
     }
-    static __device__ __forceinline__ int count_rows(const tiling &t, const block_place &place)
+    static __device__ __forceinline__ int count_rows(const tiling &t, const block_place &place, int level, int lane)
     {
-        const int64_t end = min(t.rows, (int64_t)(place.split + 1) * t.rows_per_split);
-        const int64_t rest = end - first_row(t, place) + t.walkers() - 1;
+        const int64_t rows = t.plane ? (t.vectors - lane + MAX_LANES - 1) / MAX_LANES : t.rows;
+        const int64_t end = min(rows, (int64_t)(place.split + 1) * t.rows_per_split);
+        const int64_t rest = end - first_row(t, place, level) + t.walkers() - 1;
         return rest > 0 ? (int)(rest >> t.walkers_log2) : 0;
     }
-    /* The thread's j-th column in the tile, and how far apart they lie. */
+    /* The first of the thread's elements in a row, and the vector in its plane that it is. */
+    static __device__ __forceinline__ int64_t locate(const tiling &t, const block_place &place, int64_t row,
+                                                     int &in_plane)
+    {
+        in_plane = 0;
+        if (!t.plane) return place.origin + row * t.columns + column(t, 0);
+        const int64_t vector = row * t.lanes + lane(t), outer = vector / t.plane;
+        in_plane = (int)(vector - outer * t.plane);
+        return place.origin + outer * t.columns + (int64_t)in_plane * VEC;
+    }
+    /* The thread's j-th column in the tables. */
     static __device__ __forceinline__ int column(const tiling &t, int j)
     {
-        return RAGGED ? (j << t.lanes_log2) + lane(t) : lane(t) * VEC + j;
-    }
-    static __device__ __forceinline__ int stride(const tiling &t)
-    {
-        return RAGGED ? 1 << t.lanes_log2 : 1;
+        return lane(t) * VEC + j + t.lead - shift_of<VEC>(t, level(t));
     }
     /* Where in shared memory the thread keeps its j-th column: lanes side by side, no bank conflict. */
     static __device__ __forceinline__ int slot(const tiling &t, int j)
     {
         return ((level(t) * VEC + j) << t.lanes_log2) + lane(t);
     }
-    /* How many of the thread's elements exist in its current row. */
-    __device__ __forceinline__ int valid(const tiling &t) const
-    {
-        if (left <= 0) return 0;
-        return chunk + 1 < t.chunks ? VEC : last;
-    }
     __device__ __forceinline__ void advance(const tiling &t)
     {
         at += t.step;
-        chunk += t.chunk_step;
-        if (chunk >= t.chunks) chunk -= t.chunks, at += t.wrap;
         --left;
+        if (!t.plane) return;
+        in_plane += t.plane_step;
+        if (in_plane >= t.plane) in_plane -= t.plane, at += t.wrap;
     }
-    /* Load the rows from here on, as many as there are; *this stays where it is. */
-    template <int ROWS>
-    __device__ __forceinline__ void fetch(const tiling &t, const void *array, fetched<D, RAGGED> (&rows)[ROWS]) const
-    {
-        walker ahead = *this;
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i) {
-            rows[i].load((const bits *)array + ahead.at, ahead.valid(t), stride(t));
-            ahead.advance(t);
-        }
-    }
-    /*
-     * Visit the thread's j-th column in the `rows` rows before the last `ahead` of its rows, one by
-     * one: body(index of the element). For the rare cases that fast sums cannot handle.
-     */
+    /* Visit the thread's j-th column in all of its rows, one by one: body(index of the element). For rare cases. */
     template <typename Body>
-    static __device__ __forceinline__ void revisit(const tiling &t, const block_place &place, int j, int ahead,
-                                                   int rows, const Body &body)
+    static __device__ __forceinline__ void revisit(const tiling &t, const block_place &place, int j, const Body &body)
     {
-        const int64_t first = first_row(t, place);
-        const int end = count_rows(t, place) - ahead;
-        const int c = column(t, j);
+        const int64_t first = first_row(t, place, level(t));
+        const int count = count_rows(t, place, level(t), lane(t));
 #pragma unroll 1
-        for (int i = end - rows; i < end; ++i) {
-            int chunk;
-            const int64_t start = place.locate(t, first + ((int64_t)i << t.walkers_log2), chunk);
-            if ((int64_t)chunk * t.width + c < place.extent) body(start + c);
+        for (int i = 0; i < count; ++i) {
+            int in_plane;
+            body(locate(t, place, first + ((int64_t)i << t.walkers_log2), in_plane) + j);
         }
     }
 };

@@ -13,5 +13,6 @@ void kasmina_state_update(StableIValue *stack, uint64_t num_args, uint64_t num_o
 void kasmina_lifecycle_step(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 void kasmina_reconstruction_loss(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 void kasmina_reconstruction_loss_backward(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
+void kasmina_pair_moments(StableIValue *stack, uint64_t num_args, uint64_t num_outputs);
 
 #endif

@@ -276,3 +276,12 @@ bool kasmina_expect_grad_loss(const kasmina_op_inputs *in, const kasmina_tensor 
            expect_device(in->op, "grad_loss", grad_loss, "x", in->x, status) &&
            expect_shape(in->op, "grad_loss", grad_loss, 1, &seeds, "[S]", status);
 }
+
+bool kasmina_expect_moments(const kasmina_op_inputs *in, const kasmina_tensor *moments, kasmina_status *status)
+{
+    const int64_t sizes[] = {in->x->sizes[in->x->dim - 1], KASMINA_PAIR_COLUMNS};
+    return expect_dtype(in->op, "moments", moments, aoti_torch_dtype_float64(), status) &&
+           expect_device(in->op, "moments", moments, "x", in->x, status) &&
+           expect_shape(in->op, "moments", moments, 2, sizes, "[H, 6]", status) &&
+           kasmina_expect_contiguous(in->op, "moments", moments, status);
+}

@@ -60,6 +60,9 @@ bool kasmina_expect_alpha(const char *op, const kasmina_tensor *alpha, const kas
 bool kasmina_expect_blueprints(const kasmina_op_inputs *in, const kasmina_tensor *state,
                                const kasmina_tensor *blueprint_weights, kasmina_status *status);
 
+/* `moments`, to be written, is contiguous float64 [H, 6] on x's device. */
+bool kasmina_expect_moments(const kasmina_op_inputs *in, const kasmina_tensor *moments, kasmina_status *status);
+
 /* `grad_loss` is [S], float32 or, for a float64 x, float64. */
 bool kasmina_expect_grad_loss(const kasmina_op_inputs *in, const kasmina_tensor *grad_loss, kasmina_status *status);
 

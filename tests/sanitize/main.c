@@ -222,6 +222,79 @@ static void check_reduce_and_merge(const problem *p, const answer *want)
     free(merged);
 }
 
+/* ---- Moments of pairs ---- */
+
+static size_t pair_bytes(const problem *p)
+{
+    return (size_t)(p->layout.features * KASMINA_PAIR_COLUMNS) * sizeof(double);
+}
+
+/* Of x with grad_y, joined into moments of one pair (1, -1) for every second feature. */
+static double *pair_moments(const problem *p)
+{
+    double *moments = memset(allocate(pair_bytes(p)), 0, pair_bytes(p));
+    for (int64_t f = 0; f < p->layout.features; f += 2) {
+        double *m = moments + f * KASMINA_PAIR_COLUMNS;
+        m[KASMINA_PAIR_COUNT] = m[KASMINA_PAIR_MEAN_X] = 1.0, m[KASMINA_PAIR_MEAN_T] = -1.0;
+    }
+    kasmina_pair_moments_args args = {p->layout, p->dtype, p->x, p->grad_y, moments, NULL};
+    args.workspace = workspace(kasmina_pair_moments_workspace_cpu(&args));
+    if (kasmina_pair_moments_cpu(&args)) complain(p, "pair_moments' error", 0, 1, 0, 0);
+    free(args.workspace);
+    return moments;
+}
+
+/* Two passes over one feature's finite pairs; means first, then what is about them. */
+static void solve_pairs(const problem *p, int64_t feature, double want[KASMINA_PAIR_COLUMNS])
+{
+    const double start = feature % 2 ? 0.0 : 1.0;
+    double count = start, sum_x = start, sum_t = -start, xx = 0.0, tt = 0.0, xt = 0.0;
+    for (int pass = 0; pass < 2; ++pass) {
+        const double mean_x = count ? sum_x / count : 0.0, mean_t = count ? sum_t / count : 0.0;
+        if (pass) {
+            const double x = 1.0 - mean_x, t = -1.0 - mean_t;
+            xx = start * x * x, tt = start * t * t, xt = start * x * t;
+        }
+        for (int64_t o = 0; o < p->layout.outer; ++o) {
+            for (int64_t i = 0; i < p->layout.inner; ++i) {
+                const int64_t at = (o * p->layout.features + feature) * p->layout.inner + i;
+                const double x = load(p->dtype, p->x, at), t = load(p->dtype, p->grad_y, at);
+                if (!isfinite(x) || !isfinite(t)) continue;
+                if (pass)
+                    xx += (x - mean_x) * (x - mean_x), tt += (t - mean_t) * (t - mean_t),
+                        xt += (x - mean_x) * (t - mean_t);
+                else
+                    count += 1.0, sum_x += x, sum_t += t;
+            }
+        }
+    }
+    const double solved[KASMINA_PAIR_COLUMNS] = {
+        count, count ? sum_x / count : 0.0, count ? sum_t / count : 0.0, xx, tt, xt};
+    memcpy(want, solved, sizeof solved);
+}
+
+static void check_pair_moments(const problem *p)
+{
+    pool_threads = 1;
+    double *first = pair_moments(p);
+    pool_threads = (int)random_int(2, 8);
+    double *second = pair_moments(p);
+    if (memcmp(first, second, pair_bytes(p))) complain(p, "moments of other threads", 0, 0, 0, 0);
+    for (int64_t f = 0; f < p->layout.features; ++f) {
+        double want[KASMINA_PAIR_COLUMNS], *m = first + f * KASMINA_PAIR_COLUMNS;
+        solve_pairs(p, f, want);
+        if (m[KASMINA_PAIR_COUNT] != want[KASMINA_PAIR_COUNT])
+            complain(p, "count of pairs", f, m[KASMINA_PAIR_COUNT], want[KASMINA_PAIR_COUNT], 0.0);
+        for (int column = 1; p->ordinary && column < KASMINA_PAIR_COLUMNS; ++column) {
+            /* Values are below 102, and sums of them are taken about one that is as large. */
+            const double slack = 1e-11 * (column < KASMINA_PAIR_M2_X ? 100.0 : 1e4 * want[KASMINA_PAIR_COUNT]);
+            if (!near(m[column], want[column], slack)) complain(p, "moments", f, m[column], want[column], slack);
+        }
+    }
+    free(first);
+    free(second);
+}
+
 /* ---- A thread pool that fails ---- */
 
 /* The call reports it, and holds no lock afterwards (the next case would hang). */
@@ -234,9 +307,16 @@ static void check_failing_pool(const problem *p)
         pool_calls_until_failure = call;
         if (!kasmina_chunked_forward_cpu(&args)) complain(p, "a failing pool's error", call, 0, 1, 0);
     }
+    double *moments = memset(allocate(pair_bytes(p)), 0, pair_bytes(p));
+    kasmina_pair_moments_args pairs = {p->layout, p->dtype, p->x, p->grad_y, moments, NULL};
+    pairs.workspace = workspace(kasmina_pair_moments_workspace_cpu(&pairs));
+    for (int call = 0; call < 2; ++call) {
+        pool_calls_until_failure = call;
+        if (!kasmina_pair_moments_cpu(&pairs)) complain(p, "a failing pool's error in pairs", call, 0, 1, 0);
+    }
     pool_calls_until_failure = -1;
-    free(args.workspace);
-    free(telemetry);
+    void *all[] = {args.workspace, telemetry, pairs.workspace, moments};
+    for (size_t i = 0; i < sizeof all / sizeof *all; ++i) free(all[i]);
 }
 
 int main(int argc, char **argv)
@@ -251,6 +331,7 @@ int main(int argc, char **argv)
         check_forward(&p, &want);
         check_backward(&p, &want);
         check_reduce_and_merge(&p, &want);
+        check_pair_moments(&p);
         if (case_number % 16 == 0) check_failing_pool(&p);
         free_answer(&want);
         free_problem(&p);
