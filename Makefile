@@ -17,6 +17,9 @@ C_FILES := $(shell find csrc tests -name '*.[ch]' -o -name '*.cu' -o -name '*.cu
 
 STACKS := benchmarks/results/stacks.json
 
+# Of the tests, one thread each. More than two pay off where there is memory: each takes 1.5 GB.
+TEST_PROCESSES ?= 2
+
 .PHONY: help setup build test stacks stacks-table demo growth repair check bench gpu-check clean
 .DEFAULT_GOAL := help
 
@@ -30,7 +33,7 @@ build: setup ## compile the extension in place (only what changed) and install t
 	@$(MAKE) -s --no-print-directory $(STAMPS)/stamp-install
 
 test: build ## run all tests
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 stacks: build ## run the tests that prove what works where, into benchmarks/results/stacks.json and the README's table
 	@KASMINA_STACKS=$(STACKS) $(PY) -m pytest -m stack $(ARGS); code=$$?; $(PY) scripts/render_stacks.py && exit $$code
