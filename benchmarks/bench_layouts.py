@@ -20,14 +20,13 @@ ALIGNED = {
     "cuda": [Case(16384, 8192, 512, torch.bfloat16), Case(16384, 4096, 512, torch.float32)],
 }
 PIXELS = 64  # of an image, along one side
+CHANNELS = 256
 
 
 def variants(case: Case, device: str) -> dict[str, list[Data]]:
-    aligned = make_data(case, device)
-    features, channels = case.features, case.features * case.rows // (PIXELS * PIXELS)
-    images = case.rows * case.features // (channels_of(case) * PIXELS * PIXELS)
-    del channels
-    conv = make_data(replace(case, rows=images * PIXELS * PIXELS, features=channels_of(case), seeds=16), device)
+    aligned, features = make_data(case, device), case.features
+    images = case.rows * features // (CHANNELS * PIXELS * PIXELS)
+    conv = make_data(replace(case, rows=images * PIXELS * PIXELS, features=CHANNELS, seeds=16), device)
     odd = make_data(replace(case, features=features - 1), device)
     return {
         "aligned": aligned,
@@ -39,10 +38,6 @@ def variants(case: Case, device: str) -> dict[str, list[Data]]:
         "one chunk of all": make_data(replace(case, seeds=1), device),
         "uneven chunks": [replace(d, offsets=uneven(d.offsets, features)) for d in make_data(case, device)],
     }
-
-
-def channels_of(case: Case) -> int:
-    return 256
 
 
 def nchw(x: Tensor, images: int) -> Tensor:

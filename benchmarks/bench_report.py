@@ -1,7 +1,7 @@
 """chunked_forward at the sizes of the Triton package's own report (batch x hidden x seeds), against that package's launch scheme.
 
-The package's scheme has no statistics and no alpha; at one of our peers' sizes it leaves the features that no seed owns
-unwritten. It is timed as it is. Its report counted seeds x chunk_size where the kernel touched H features: bandwidth is
+The package's scheme has no statistics and no alpha, and leaves the features that no seed owns unwritten. It is timed as it
+is. Its report counted seeds x chunk_size where the kernel touched H features: bandwidth is
 not given here, since nothing this small is a matter of bandwidth.
 """
 
