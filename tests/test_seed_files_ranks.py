@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from seed_file_cases import grow_, layers_of, network
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import Rank, in_two_ranks
@@ -36,8 +37,9 @@ def test_fsdp2(rank: Rank) -> None:
     single = grow_(network(), 1).to(rank.device)
     path = kx.save_seeds(single, rank.folder / f"single{rank.index}.safetensors")
     model = network(device=rank.device)
+    mesh = init_device_mesh(rank.device.type, (2,))  # by itself it would be of GPUs where there are any
     for part in (*layers_of(model), model):
-        fully_shard(part)
+        fully_shard(part, mesh=mesh)
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(rank.device)
     kx.load_seeds(model, path)
     assert torch.equal(model(x), single(x))
