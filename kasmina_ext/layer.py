@@ -17,7 +17,7 @@ from kasmina_ext.across_ranks import AcrossRanks
 from kasmina_ext.arguments import integer, positive
 from kasmina_ext.bank import BlueprintBank
 from kasmina_ext.checkpoint.layer import LayerCheckpoints
-from kasmina_ext.checkpoint.state_dict import adopt_triton_layout, problems_in, unwrap_keys
+from kasmina_ext.checkpoint.state_dict import adopt_triton_layout, forget_overflows, problems_in, unwrap_keys
 from kasmina_ext.chunking import chunk_offsets, chunk_size_of, output_features
 from kasmina_ext.grafting import AlphaSchedule, GraftingStrategy, GraftingStrategyFactory
 from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager, TransitionRules
@@ -324,6 +324,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         unwrap_keys(self, state_dict, prefix)
+        forget_overflows(state_dict, prefix)
         problems, absent = adopt_triton_layout(self, state_dict, prefix, missing_keys)
         problems += problems_in(self, state_dict, prefix)
         if problems:

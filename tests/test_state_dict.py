@@ -82,6 +82,20 @@ def test_every_tensor_comes_back_bit_for_bit(device, way):
     assert torch.equal(other(x).nan_to_num(), layer(x).nan_to_num())
 
 
+def test_counts_that_a_cast_made_infinite_are_forgotten(device):
+    """float16 ends at 65504: what the seeds saw is lost, and nothing else."""
+    layer, other = lived(device), empty().to(device)
+    layer.telemetry[1] = torch.tensor([70_000, 0.5, 9.0, 3, 0], dtype=torch.float64)
+    other.load_state_dict({n: t.half() if t.is_floating_point() else t for n, t in layer.state_dict().items()})
+    kept = layer.telemetry.half().double()
+    kept[1] = 0
+    assert torch.equal(other.telemetry, kept)
+    assert torch.equal(other.state, layer.state) and torch.equal(other.alpha, layer.alpha.half().float())
+    assert other.seed_report()[1]["count"] == 0
+    with pytest.raises(RuntimeError, match="telemetry.*got inf in a count"):  # no cast's doing
+        other.load_state_dict(layer.state_dict() | {"telemetry": torch.full((4, 5), torch.inf, device=device)})
+
+
 def test_loading_in_place_keeps_parameters_and_moves_versions():
     layer, other = lived(), empty()
     bank, optimizer = other.blueprint_weights, torch.optim.SGD(other.parameters(), lr=0.1)

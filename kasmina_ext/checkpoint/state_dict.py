@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_ext.checkpoint.values import problem_of, problem_of_vector
+from kasmina_ext.checkpoint.values import COUNTS, problem_of, problem_of_vector
 from kasmina_ext.chunking import chunk_offsets
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.state import state_range
@@ -61,6 +61,16 @@ def unwrap_keys(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: 
             rest = first[2]
         if prefix + rest not in state_dict:
             state_dict[prefix + rest] = state_dict.pop(key)
+
+
+def forget_overflows(state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    """In a ``state_dict`` that was cast to float16, counts beyond 65504 are infinite: what these seeds have seen is lost, so
+    their telemetry starts afresh. In place.
+    """
+    telemetry = state_dict.get(f"{prefix}telemetry")
+    if isinstance(telemetry, Tensor) and telemetry.dtype == torch.float16 and telemetry.dim() == 2:
+        lost = telemetry[:, COUNTS].isinf().any(1, keepdim=True)
+        state_dict[f"{prefix}telemetry"] = torch.where(lost, torch.zeros_like(telemetry), telemetry)
 
 
 def adopt_triton_layout(

@@ -17,6 +17,8 @@ from kasmina_ext.telemetry import TelemetryColumn
 if TYPE_CHECKING:
     from kasmina_ext.layer import KasminaLayer
 
+COUNTS = [TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]
+"""Columns of the telemetry."""
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -83,10 +85,9 @@ def _offsets_problem(layer: KasminaLayer, value: Tensor) -> str | None:
 
 def _telemetry_problem(layer: KasminaLayer, value: Tensor) -> str | None:
     extremes = torch.stack(_comparable(value).aminmax(dim=0))
-    counts = extremes[:, [TelemetryColumn.COUNT, TelemetryColumn.BATCHES, TelemetryColumn.NONFINITE]]
+    counts = extremes[:, COUNTS]
     least, greatest = counts[0].amin().item(), counts[1].amax().item()
-    overflows = value.dtype.itemsize < 4  # a state dict that was cast: counts beyond 65504 became infinite
-    if least >= 0 and (greatest < math.inf or overflows):
+    if least >= 0 and greatest < math.inf:
         return None
     return f"must be in [0, inf), got {greatest if least >= 0 else least} in a count"
 
