@@ -177,7 +177,7 @@ def check_with(tool: str, canary: Path, deadline: float) -> dict:
 def kernel_names() -> list[str]:
     """Every kernel of csrc/cuda, and the canary's."""
     text = "".join(path.read_text() for path in sorted((evidence.ROOT / "csrc/cuda").iterdir()))
-    text = re.sub(r"__launch_bounds__\s*\([^)]*\)", " ", text)
+    text = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", " ", text)
     return [*re.findall(r"__global__\s+void\s+(\w+)\s*\(", text), CANARY]
 
 

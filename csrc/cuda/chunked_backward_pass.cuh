@@ -15,12 +15,11 @@
 namespace kasmina
 {
 
-/* As in the forward pass, with two tensors: half the rows keep as many bytes on their way. */
-constexpr int BACKWARD_BLOCKS_PER_SM = 3;
+constexpr int BACKWARD_BLOCKS_PER_SM = 2;
 constexpr int BACKWARD_ROWS = 2;
-constexpr int BACKWARD_STAGES = 2;
-/* Two rows are added first: the error of 32 + 2 additions is ~1e-6. */
-constexpr int BACKWARD_MOST_ROWS = 64;
+constexpr int BACKWARD_STAGES = 4;
+/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 36 + 2 additions is ~1e-6. */
+constexpr int BACKWARD_GROUP = 64;
 
 struct backward_params {
     tiling tiles;
@@ -39,29 +38,24 @@ template <kasmina_dtype D, bool SUMS> struct backward_tables {
     using ring = row_ring<D, SUMS ? 2 : 1, BACKWARD_ROWS, BACKWARD_STAGES>;
     static constexpr int VEC = walker<D>::VEC;
 
-    unsigned char *rows; /* the ring; its memory then serves u and v */
-    T *u, *v;            /* [walkers][VEC][lanes] the threads' sums */
+    unsigned char *rows; /* the ring */
+    thread_sums<VEC> parts;
     tile_sums sums;
     block_place *place;
     coefficient_table<T> blend;
 
-    static __host__ __device__ __forceinline__ uint32_t rows_bytes(const tiling &t, int granules)
-    {
-        const uint32_t sums = (uint32_t)(t.threads() * VEC * 2 * sizeof(T)), rows = ring::bytes(t, granules);
-        return SUMS && sums > rows ? sums : rows;
-    }
-    static size_t total_bytes(const tiling &t, int granules)
+    static size_t total_bytes(const tiling &t)
     {
         const size_t width = (size_t)t.width, blend_bytes = width * (2 * sizeof(T) + sizeof(uint32_t));
-        return rows_bytes(t, granules) + sizeof(block_place) + blend_bytes +
-               (SUMS ? sum_columns(t) * sizeof(double2) + width * sizeof(int32_t) : 0);
+        const size_t sums = (size_t)(thread_sums<VEC>::count(t) + sum_columns(t));
+        return ring::BYTES + sizeof(block_place) + blend_bytes +
+               (SUMS ? sums * sizeof(double2) + width * sizeof(int32_t) : 0);
     }
-    __device__ __forceinline__ backward_tables(const tiling &t, int granules)
+    __device__ __forceinline__ backward_tables(const tiling &t)
     {
         shared_carver shared;
-        rows = shared.take<unsigned char>((int)rows_bytes(t, granules));
-        u = (T *)rows;
-        v = u + t.threads() * VEC;
+        rows = shared.take<unsigned char>(ring::BYTES);
+        if (SUMS) parts.places = shared.take<double2>(thread_sums<VEC>::count(t));
         if (SUMS) sums.columns = shared.take<double2>(sum_columns(t));
         place = shared.take<block_place>(1);
         blend.a = shared.take<T>(t.width);
@@ -74,15 +68,15 @@ template <kasmina_dtype D, bool SUMS> struct backward_tables {
     __device__ __forceinline__ void fill(const backward_params &p, const block_place &here) const
     {
         const tiling &t = p.tiles;
+        if (threadIdx.x == 0) *place = here; /* for the rare paths: not in registers all the way */
+        if (SUMS) clear_sums(t, sums, parts);
         const int64_t first_feature = t.feature_of(max(here.origin, (int64_t)0));
         for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) {
             const bool exists = here.exists(c);
             const int64_t feature = exists ? t.feature_of(here.origin + c) : 0;
-            if (p.grad_x) {
-                owner_blend found = {UNOWNED, {}};
-                if (exists) found = find_blend(p.table, feature);
-                blend.fill(p.table, c, found.blend, feature);
-            }
+            owner_blend found = {UNOWNED, {}};
+            if (exists && p.grad_x) found = find_blend(p.table, feature);
+            blend.fill(p.table, c, found.blend, feature); /* without grad_x, nothing is grafted */
             /* Runs of one feature, numbered within the tile. */
             if (sums.owner) sums.owner[c] = exists ? (int32_t)(feature - first_feature) : UNOWNED;
         }
@@ -98,6 +92,8 @@ template <kasmina_dtype D> struct gradient_sums {
     static constexpr int VEC = way::VEC;
 
     T u[VEC], v[VEC];
+    int seen = 0;       /* rows */
+    unsigned again = 0; /* a bit for each column that float32 could not hold */
 
     __device__ __forceinline__ gradient_sums()
     {
@@ -108,6 +104,7 @@ template <kasmina_dtype D> struct gradient_sums {
     template <int ROWS>
     __device__ __forceinline__ void add(const vector_bits (&rows_g)[ROWS], const vector_bits (&rows_x)[ROWS])
     {
+        seen += ROWS;
         T g[ROWS][VEC], x[ROWS][VEC];
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
@@ -126,18 +123,18 @@ template <kasmina_dtype D> struct gradient_sums {
             v[j] += sum;
         }
     }
-    /* Into shared memory, for the columns' threads. Returns a bit for each column that float32 could not hold. */
-    __device__ __forceinline__ unsigned put_away(const tiling &t, T *to_u, T *to_v, unsigned mask) const
+    /* The sums move to float64, and begin anew. */
+    __device__ __forceinline__ void put_away(const tiling &t, const thread_sums<VEC> &to)
     {
-        unsigned again = 0;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            const bool held = sizeof(T) == sizeof(double) || (is_finite(u[j]) && is_finite(v[j]));
-            if (!held) again |= 1u << j;
-            to_u[way::slot(t, j)] = held ? u[j] : (T)0;
-            to_v[way::slot(t, j)] = held ? v[j] : (T)0;
+            if (sizeof(T) < sizeof(double) && !(is_finite(u[j]) && is_finite(v[j]))) again |= 1u << j;
+            double2 &part = to.of(t, way::level(t), way::lane(t), j);
+            const double2 sum = make_double2(part.x + (double)u[j], part.y + (double)v[j]);
+            part = again >> j & 1u ? make_double2(0.0, 0.0) : sum;
+            u[j] = v[j] = (T)0;
         }
-        return again & mask;
+        seen = 0;
     }
 };
 
@@ -146,60 +143,97 @@ template <kasmina_dtype D, bool SUMS> struct backward_walk {
     using T = typename element<D>::wide;
     using bits = typename element<D>::bits;
     using way = walker<D>;
-    static constexpr int VEC = way::VEC, ROWS = BACKWARD_ROWS;
+    static constexpr int VEC = way::VEC, ROWS = BACKWARD_ROWS, ARRAYS = SUMS ? 2 : 1;
 
     way walk;
     typename backward_tables<D, SUMS>::ring ring;
     T a[VEC];
-    unsigned grafted = 0; /* a bit for each column */
+    vector_bits grafted; /* a mask */
     gradient_sums<D> sums;
 
     __device__ __forceinline__ void load(const tiling &t, const coefficient_table<T> &table)
     {
+        unsigned found = 0;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             const int c = way::column(t, j);
             a[j] = table.a[c];
-            grafted |= table.grafted[c] << j;
+            found |= table.grafted[c] << j;
         }
+        element_mask<VEC>(found, grafted);
     }
-    /* Copied, not computed, where idle: a NaN keeps its payload. */
+    /* Copied, not computed, where idle: a NaN keeps its payload. No branch: decoding serves the sums too. */
     __device__ __forceinline__ void apply(const vector_bits &raw, vector_bits &result) const
     {
-        copy_vector(raw, result);
-        if (!grafted) return;
         T g[VEC];
         element<D>::decode(raw, g);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) g[j] = multiply(a[j], g[j]);
         element<D>::encode(g, result);
-        if (grafted != way::ALL) to_vector(merge_elements<VEC>(grafted, from_vector(raw), from_vector(result)), result);
+        replace_elements(grafted, raw, result);
     }
-    /* The next ROWS rows. PLAIN: they are all there, their vectors whole and aligned. */
-    template <bool PLAIN> __device__ __forceinline__ void round(const backward_params &p)
+    /* The rows of a group, or as many as whole turns have. EDGE: some of the block's vectors are not whole. */
+    template <bool EDGE> __device__ __forceinline__ void walk_group(const backward_params &p)
     {
         const tiling &t = p.tiles;
-        const int count = PLAIN ? ROWS : min(walk.left, ROWS);
-        vector_bits rows_g[ROWS] = {}, rows_x[ROWS] = {};
-        ring.template next<PLAIN>(t);
+        ring.template walk_turns<EDGE>(t, BACKWARD_GROUP / ring.TURN, walk, (char *)p.grad_x,
+                                       [&](const vector_bits(&rows)[ARRAYS][ROWS], char *(&out)[ROWS]) {
+#pragma unroll
+                                           for (int i = 0; i < ROWS; ++i) {
+                                               vector_bits result;
+                                               apply(rows[0][i], result);
+                                               if (p.grad_x) store_columns<EDGE>(out[i], result);
+                                           }
+                                           if constexpr (SUMS) sums.add(rows[0], rows[1]);
+                                       });
+    }
+    /* The next rows, whatever they are. */
+    __device__ __forceinline__ void round(const backward_params &p)
+    {
+        const tiling &t = p.tiles;
+        const int count = min(walk.left, ROWS);
+        vector_bits rows[ARRAYS][ROWS];
+        ring.next(t, count, rows);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i, walk.advance(t)) {
-            if (!PLAIN && i >= count) continue;
-            ring.template get<PLAIN>(t, i, 0, rows_g[i]);
-            if constexpr (SUMS) ring.template get<PLAIN>(t, i, 1, rows_x[i]);
-            if (!p.grad_x) continue;
+            if (!p.grad_x || i >= count) continue;
             vector_bits result;
-            apply(rows_g[i], result);
+            apply(rows[0][i], result);
             bits *to = (bits *)p.grad_x + walk.at;
-            if (PLAIN || (walk.mask == way::ALL && misalignment(p.grad_x) == 0))
-                store_vector(to, result);
+            if (misalignment(p.grad_x) == 0)
+                store_columns<true>(to, result);
             else
-                store_elements(to, from_vector(result), walk.mask);
+                store_elements(to, result, walk.mask);
         }
-        ring.pop(t);
-        if constexpr (SUMS) sums.add(rows_g, rows_x);
+        if constexpr (SUMS) sums.add(rows[0], rows[1]);
+    }
+
+  private:
+    template <bool EDGE> __device__ __forceinline__ void store_columns(void *to, const vector_bits &vector) const
+    {
+        if (!EDGE || walk.mask == way::ALL)
+            store_vector(to, vector);
+        else
+            store_elements((bits *)to, vector, walk.mask);
     }
 };
+
+/* The thread's columns with a bit in `again`, in float64. All of the block call this. */
+template <kasmina_dtype D> __device__ __noinline__ void walk_again(const backward_params &p, unsigned again)
+{
+    using bits = typename element<D>::bits;
+    const tiling &t = p.tiles;
+    const backward_tables<D, true> tables(t);
+    add_walked<D>(t, tables.sums, again, [&](int j) {
+        double2 sum = make_double2(0.0, 0.0);
+        walker<D>::revisit(t, *tables.place, j, [&](int64_t index) {
+            const double g = (double)element<D>::value(__ldg((const bits *)p.grad_y + index));
+            sum.x = fused(g, (double)element<D>::value(__ldg((const bits *)p.x + index)), sum.x);
+            sum.y += g;
+        });
+        return sum;
+    });
+}
 
 /* ---- The kernel ---- */
 
@@ -207,50 +241,38 @@ template <kasmina_dtype D, bool SUMS>
 __global__ void __launch_bounds__(BLOCK, BACKWARD_BLOCKS_PER_SM)
     backward_kernel(const __grid_constant__ backward_params p)
 {
-    using bits = typename element<D>::bits;
     using way = walker<D>;
-    if (SUMS) allow_dependents();
+    using tables = backward_tables<D, SUMS>; /* made anew where it is used: its pointers are too many for the loop */
     const tiling &t = p.tiles;
     const block_place here = block_place::here(t);
-    const backward_tables<D, SUMS> tables(t, p.granules);
     const way first(t, here);
     const void *const arrays[2] = {p.grad_y, p.x};
-    using ring = typename backward_tables<D, SUMS>::ring;
-    backward_walk<D, SUMS> thread = {first, ring(t, first, tables.rows, arrays, p.granules)};
-    if (threadIdx.x == 0) *tables.place = here; /* for the rare paths: not in registers all the way */
-    tables.fill(p, here);                       /* while the first rows are on their way */
-    if constexpr (SUMS) clear_columns(t, tables.sums);
-    __syncthreads();
+    wait_for_primary();
+    allow_dependents();
+    backward_walk<D, SUMS> thread = {first, {t, first, tables(t).rows, arrays, p.granules}};
+    tables(t).fill(p, here); /* while the first rows are on their way */
+    const bool edge = __syncthreads_or(first.mask != way::ALL && first.mask);
 
-    if (p.grad_x && first.mask) thread.load(t, tables.blend);
-    if (thread.ring.plain && misalignment(p.grad_x) == 0) {
+    if (first.mask) thread.load(t, tables(t).blend);
+    const bool turns = !t.plane && p.granules == 1 && misalignment(p.grad_x) == 0;
 #pragma unroll 1
-        while (thread.walk.left >= BACKWARD_ROWS) thread.template round<true>(p);
+    while (thread.walk.left > 0) {
+        if (turns && edge) thread.template walk_group<true>(p);
+        if (turns && !edge) thread.template walk_group<false>(p);
+#pragma unroll 1
+        for (int rows = 0; rows < BACKWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) {
+            if (turns && thread.walk.left >= thread.ring.TURN) break; /* another group */
+            thread.round(p);
+        }
+        if constexpr (SUMS) thread.sums.put_away(t, tables(t).parts);
     }
-#pragma unroll 1
-    while (thread.walk.left > 0) thread.template round<false>(p);
 
     if constexpr (SUMS) {
-        __syncthreads(); /* the ring's memory is free */
-        const unsigned again = thread.sums.put_away(t, tables.u, tables.v, first.mask);
-        if (__syncthreads_or(again != 0)) {
-            add_walked<D>(t, tables.sums, again, [&](int j) {
-                double2 sum = make_double2(0.0, 0.0);
-                way::revisit(t, *tables.place, j, [&](int64_t index) {
-                    const double g = (double)element<D>::value(__ldg((const bits *)p.grad_y + index));
-                    sum.x = fused(g, (double)element<D>::value(__ldg((const bits *)p.x + index)), sum.x);
-                    sum.y += g;
-                });
-                return sum;
-            });
-        }
-        const auto add_walker = [&](int, int w, int column, double2 &sum) {
-            const int slot = ((w * way::VEC + column % way::VEC) << t.lanes_log2) + column / way::VEC;
-            sum.x += (double)tables.u[slot];
-            sum.y += (double)tables.v[slot];
-        };
-        reduce_tile<way::VEC>(t, tables.sums, add_walker, [&](int c, int32_t, double2 sum, uint32_t) {
-            const block_place &place = *tables.place;
+        const tables after(t);
+        const unsigned again = thread.sums.again & thread.walk.mask;
+        if (__syncthreads_or(again != 0)) walk_again<D>(p, again);
+        reduce_tile(t, after.sums, after.parts, [&](int c, int32_t, double2 sum, uint32_t) {
+            const block_place &place = *after.place;
             if (!place.exists(c)) return;
             const int64_t slot = t.slot_of(place.tile, t.feature_of(place.origin + c));
             p.partials[place.split * t.slots + slot] = sum;

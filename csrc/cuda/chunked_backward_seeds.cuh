@@ -2,6 +2,7 @@
 #ifndef KASMINA_CUDA_CHUNKED_BACKWARD_SEEDS_CUH
 #define KASMINA_CUDA_CHUNKED_BACKWARD_SEEDS_CUH
 
+#include "cuda/feature_sums.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/seeds.cuh"
 
@@ -24,19 +25,31 @@ __device__ __forceinline__ kasmina_feature_gradients gradients_of(const seed_tab
     return kasmina_gradients(blend.strategy, (double)blend.alpha, w.w, w.next, total.x, total.y);
 }
 
+/* A feature's sums are known: its gradients, and the sums where the seeds will ask for them. NULL is not wanted. */
+__device__ __forceinline__ void store_feature(const seed_table &table, const seed_blend &blend,
+                                              const feature_place &here, double2 total, bool wide, void *grad_weights,
+                                              double2 *totals)
+{
+    if (totals && here.share == 0) totals[here.feature] = total;
+    if (!grad_weights) return;
+    kasmina_feature_gradients gradients = {0.0, 0.0, 0.0};
+    if (blend.grafted && blend.trains) gradients = gradients_of(table, blend, here.feature, wide, total);
+    store_gradients(table, blend, here, gradients, grad_weights);
+}
+
 /* What a pass over the seeds writes; NULL is not wanted. */
 struct seed_params {
     seed_table table;
+    const double2 *totals; /* [features] (u, v), which the kernel before wrote */
     float *grad_alpha;
     double *grad_telemetry;
     bool wide;
     int lanes;
 };
 
-/* A seed's parts are its features. Totals: of(seed, feature) gives (sum G x, sum G). */
-template <typename Totals> struct seed_job {
+/* A seed's parts are its features. */
+struct seed_job {
     const seed_params &p;
-    const Totals &totals;
 
     struct seed {
         int64_t index, first_feature, parts; /* parts: features */
@@ -50,11 +63,21 @@ template <typename Totals> struct seed_job {
                 p.grad_alpha ? blend_of(p.table, (int32_t)index) : seed_blend()};
     }
     /* sum: (grad_alpha, sum u^2, sum v^2) */
-    __device__ __forceinline__ void add(const seed &s, int64_t i, sum3 &sum) const
+    struct part {
+        double2 total;
+        double alpha; /* the feature's share of its gradient */
+    };
+
+    __device__ __forceinline__ part load(const seed &s, int64_t i) const
     {
         const int64_t feature = s.first_feature + i;
-        const double2 total = totals.of(s.index, feature);
-        if (s.blend.grafted) sum.a += gradients_of(p.table, s.blend, feature, p.wide, total).alpha;
+        const double2 total = p.totals[feature];
+        return {total, s.blend.grafted ? gradients_of(p.table, s.blend, feature, p.wide, total).alpha : 0.0};
+    }
+    __device__ __forceinline__ void add(const seed &s, const part &loaded, sum3 &sum) const
+    {
+        const double2 total = loaded.total;
+        if (s.blend.grafted) sum.a += loaded.alpha;
         sum.b = fused(total.x, total.x, sum.b);
         sum.c = fused(total.y, total.y, sum.c);
     }

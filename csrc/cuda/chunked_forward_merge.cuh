@@ -59,19 +59,27 @@ struct merge_job {
         s.shift = kasmina_origin(load_number<double>(p.dtype, p.x, s.first_column));
         return s;
     }
-    __device__ __forceinline__ void add(const seed &s, int64_t i, sum3 &sum) const
+    struct part {
+        double2 sums;
+        uint32_t nonfinite;
+        int32_t owner;
+    };
+
+    __device__ __forceinline__ part load(const seed &s, int64_t i) const
     {
         const tiling &t = p.tiles;
         const int64_t tile = s.first_tile + (uint32_t)i / t.splits;
         const int64_t feature = t.feature_of(t.first_column(tile, s.first_column));
         const int64_t at = t.slot_of(tile, feature) * t.splits + (uint32_t)i % t.splits;
-        const double2 part = p.in.sums[at];
-        const uint32_t nonfinite = p.in.nonfinite[at];
+        return {p.in.sums[at], p.in.nonfinite[at], p.in.owner[feature]};
+    }
+    __device__ __forceinline__ void add(const seed &s, const part &loaded, sum3 &sum) const
+    {
         /* Only where offsets decrease: the run belongs to another seed, or was never written. */
-        const bool mine = p.in.owner[feature] == s.index;
-        sum.a += mine ? part.x : 0.0;
-        sum.b += mine ? part.y : 0.0;
-        sum.c += mine ? nonfinite : 0.0;
+        const bool mine = loaded.owner == s.index;
+        sum.a += mine ? loaded.sums.x : 0.0;
+        sum.b += mine ? loaded.sums.y : 0.0;
+        sum.c += mine ? loaded.nonfinite : 0.0;
     }
     __device__ __forceinline__ void close(seed &s, const sum3 &sum) const
     {

@@ -1,7 +1,7 @@
 /*
  * The pass over x: y = blend(x), and the sums of x for each seed.
  *
- * Numbers of one column are summed in float32 as differences from a value k that the thread has just seen, pairs of
+ * Numbers of one column are summed in float32 as differences from a value k that the thread has seen first, pairs of
  * rows first, over no more rows than keep the error at ~1e-6; then in float64 about a shift K that the whole seed
  * shares: its first element. Sums about K simply add up, so blocks need no order among themselves. A column whose
  * squares overflow, vanish or meet a number that is not finite is walked again in float64.
@@ -19,25 +19,35 @@ namespace kasmina
 {
 
 /*
- * Time over that of a device copy, on an H200, by blocks a multiprocessor x stages, and waves of blocks:
+ * Time over that of a device copy, on an H200, by blocks a multiprocessor x waves of blocks:
  *
- *                                        3 x 4, 1   3 x 4, 3   3 x 6, 3   3 x 4, 6   4 x 3, 2 (spills)
- *    8192 x 4096 bfloat16, 512 seeds         1.57       1.73       1.78       2.43       2.06
- *   16384 x 8192 bfloat16, 1024 seeds        1.25       1.25       1.24       1.32       1.47
- *   16384 x 4096 float32, 1024 seeds         1.21       1.21       1.21       1.28       1.22
- *   65536 x 4096 bfloat16, 128 seeds         0.78       0.77       0.78       0.78       0.91
+ *                                            with sums               without
+ *                                        2 x 1  2 x 2  2 x 3    3 x 4  2 x 2  3 x 1
+ *    8192 x 4096 bfloat16, 512 seeds      1.35   1.42   1.56     1.15   1.15   1.16
+ *   16384 x 8192 bfloat16, 1024 seeds     1.18   1.16   1.16     1.08   1.12   1.12
+ *   16384 x 4096 float32, 1024 seeds      1.15   1.14   1.13     1.06   1.10   1.11
+ *   16384 x 8192 float16, 8192 seeds      1.18   1.21   1.28     1.08
+ *   32768 x 4095 bfloat16, 512 seeds      1.59   1.44   1.36     1.28
  *
- * More blocks end more evenly, but each puts its sums away. Four stages of two rows, and the tables, are no more shared
- * memory than need not be asked for.
+ * A block that sums puts its sums away, so one wave is best; without sums a block costs little, and more of them end
+ * more evenly. Where tiles are staggered those at the edges take longer, and the others fill the gap. Three blocks that
+ * sum leave a thread 80 registers: its sums spill, and the first case takes 1.81.
  */
-constexpr int FORWARD_BLOCKS_PER_SM = 3;
 constexpr int FORWARD_ROWS = 2;
 constexpr int FORWARD_STAGES = 4;
-constexpr int FORWARD_WAVES_WITH_SUMS = 1;
-/* Without sums a block costs little: 1.19, 1.08, 1.07 and 0.70 in four waves for the four sizes. */
-constexpr int FORWARD_WAVES = 4;
-/* Two rows are added first: the error of 32 + 2 additions is ~1e-6. */
-constexpr int FORWARD_MOST_ROWS = 64;
+
+constexpr int forward_blocks_per_sm(bool collect)
+{
+    return collect ? 2 : 3;
+}
+
+constexpr int forward_waves(bool collect, bool staggered)
+{
+    return !collect ? 4 : staggered ? 3 : 1;
+}
+
+/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 36 + 2 additions is ~1e-6. */
+constexpr int FORWARD_GROUP = 64;
 
 /* Below, a sum of squares in float32 has lost digits to the smallest subnormal, 2^-149. */
 constexpr float LEAST_SQUARES = 0x1p-120f;
@@ -69,36 +79,25 @@ template <kasmina_dtype D> struct forward_tables {
     using ring = row_ring<D, 1, FORWARD_ROWS, FORWARD_STAGES>;
     static constexpr int VEC = walker<D>::VEC;
 
-    unsigned char *rows; /* the ring; its memory then serves the four after it */
-    T *s1, *s2;          /* [walkers][VEC][lanes] the threads' sums about their k */
-    bits *k;             /* [threads][VEC] */
-    int *seen;           /* [threads] rows that are in the sums */
+    unsigned char *rows; /* the ring */
+    thread_sums<VEC> parts;
     tile_sums sums;
     block_place *place;
     T *shift; /* [width] K */
     coefficient_table<T> blend;
 
-    static __host__ __device__ __forceinline__ uint32_t rows_bytes(const tiling &t, int granules, bool collect)
+    static size_t total_bytes(const tiling &t, bool collect)
     {
-        const uint32_t sums = (uint32_t)t.threads() * (VEC * (2 * sizeof(T) + sizeof(bits)) + sizeof(int));
-        const uint32_t ring_bytes = ring::bytes(t, granules);
-        return collect && sums > ring_bytes ? sums : ring_bytes;
-    }
-    static size_t total_bytes(const tiling &t, int granules, bool collect)
-    {
-        const size_t width = (size_t)t.width, columns = sum_columns(t);
+        const size_t width = (size_t)t.width, sums = (size_t)(thread_sums<VEC>::count(t) + sum_columns(t));
         const size_t blend_bytes = width * (2 * sizeof(T) + sizeof(uint32_t));
-        return rows_bytes(t, granules, collect) + sizeof(block_place) + blend_bytes +
-               (collect ? columns * sizeof(double2) + width * (sizeof(T) + sizeof(int32_t) + sizeof(uint32_t)) : 0);
+        return ring::BYTES + sizeof(block_place) + blend_bytes +
+               (collect ? sums * sizeof(double2) + width * (sizeof(T) + sizeof(int32_t) + sizeof(uint32_t)) : 0);
     }
-    __device__ __forceinline__ forward_tables(const tiling &t, int granules, bool collect)
+    __device__ __forceinline__ forward_tables(const tiling &t, bool collect)
     {
         shared_carver shared;
-        rows = shared.take<unsigned char>((int)rows_bytes(t, granules, collect));
-        s1 = (T *)rows;
-        s2 = s1 + t.threads() * VEC;
-        k = (bits *)(s2 + t.threads() * VEC);
-        seen = (int *)(k + t.threads() * VEC);
+        rows = shared.take<unsigned char>(ring::BYTES);
+        if (collect) parts.places = shared.take<double2>(thread_sums<VEC>::count(t));
         if (collect) sums.columns = shared.take<double2>(sum_columns(t));
         place = shared.take<block_place>(1);
         if (collect) shift = shared.take<T>(t.width);
@@ -114,17 +113,18 @@ template <kasmina_dtype D> struct forward_tables {
     __device__ __forceinline__ void fill(const forward_params &p, const block_place &here, bool collect) const
     {
         const tiling &t = p.tiles;
+        if (threadIdx.x == 0) *place = here; /* for the rare paths: not in registers all the way */
+        if (collect) clear_sums(t, sums, parts);
         for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) {
             const int64_t column = here.origin + c;
             const bool exists = here.exists(c);
             const int64_t feature = exists ? t.feature_of(column) : 0;
             owner_blend found = {UNOWNED, {}};
-            if (exists && p.y) found = find_blend(p.table, feature);
-            if (exists && !p.y) found.seed = find_seed(p.table, feature); /* the states are not to be read */
+            if (exists) found = find_blend(p.table, feature);
             bits first = 0; /* the seed's first element, loaded while the blend is looked up */
             if (collect && found.seed != UNOWNED)
                 first = __ldg((const bits *)p.x + range_of(p.table, found.seed).first * t.inner);
-            if (p.y) blend.fill(p.table, c, found.blend, feature);
+            blend.fill(p.table, c, found.blend, feature);
             if (collect) {
                 shift[c] = (T)kasmina_origin((double)element<D>::value(first));
                 sums.owner[c] = found.seed;
@@ -146,15 +146,16 @@ template <kasmina_dtype D> struct column_sums {
 
     T s1[VEC], s2[VEC]; /* about k */
     vector_bits k;
+    vector_bits any;    /* of all the numbers, the bits that are set in one: 0 where there were zeros only */
     int seen = 0;       /* rows */
-    unsigned quiet = 0; /* a bit for each column that has only been 0 */
+    unsigned again = 0; /* a bit for each column that must be walked again */
 
     __device__ __forceinline__ column_sums()
     {
 #pragma unroll
         for (int j = 0; j < VEC; ++j) s1[j] = s2[j] = (T)0;
-        const vector_bits nothing = {};
-        copy_vector(nothing, k);
+#pragma unroll
+        for (int i = 0; i < VECTOR_WORDS; ++i) k[i] = any[i] = 0;
     }
     /*
      * The first `count` of these rows of the thread. Elements without a bit in `mask` do not count: like rows that are
@@ -163,23 +164,24 @@ template <kasmina_dtype D> struct column_sums {
     template <bool PLAIN, int ROWS>
     __device__ __forceinline__ void add(vector_bits (&rows)[ROWS], int count, unsigned mask)
     {
-        if (seen == 0) {
-            copy_vector(rows[0], k);
-            if constexpr (VEC > 2) quiet = ~nonzero_elements<VEC>(k);
-        }
         seen += PLAIN ? ROWS : count;
-        if constexpr (VEC > 2) {
-            if (quiet) listen(rows, PLAIN ? ROWS : count);
-        }
-        if (!PLAIN) {
+        if (!PLAIN && (mask != way::ALL || count < ROWS)) {
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i)
-                to_vector(merge_elements<VEC>(i < count ? mask : 0u, from_vector(k), from_vector(rows[i])), rows[i]);
+            for (int i = 0; i < ROWS; ++i) {
+                vector_bits counts;
+                element_mask<VEC>(i < count ? mask : 0u, counts);
+                replace_elements(counts, k, rows[i]);
+            }
         }
         T about[VEC], value[ROWS][VEC];
+        opaque(k); /* decoded anew each time: there are no registers to keep it so */
         element<D>::decode(k, about);
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) element<D>::decode(rows[i], value[i]);
+        for (int i = 0; i < ROWS; ++i) {
+            element<D>::decode(rows[i], value[i]);
+#pragma unroll
+            for (int w = 0; VEC > 2 && w < VECTOR_WORDS; ++w) any[w] |= rows[i][w];
+        }
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             T sum = value[0][j] - about[j];
@@ -194,78 +196,64 @@ template <kasmina_dtype D> struct column_sums {
             s2[j] += squares;
         }
     }
-    /* Which columns are still quiet. One wrongly not so costs time only. */
-    template <int ROWS> __device__ __forceinline__ void listen(const vector_bits (&rows)[ROWS], int count)
-    {
-#pragma unroll
-        for (int i = 0; i < ROWS; ++i)
-            if (i < count) quiet &= ~nonzero_elements<VEC>(rows[i]);
-    }
     /*
-     * Whether a column's squares are too small for float32. Zeros alone are not; where all is 0 but
-     * the column was not quiet, tiny numbers may have cancelled each other.
+     * Whether a column's squares are too small for float32. Zeros alone are not; where the sums are 0 but
+     * not all numbers were, tiny ones may have cancelled each other.
      */
-    __device__ __forceinline__ bool vanished(T about, int j) const
+    __device__ __forceinline__ bool vanished(T about, bool zeros, int j) const
     {
         if (sizeof(T) == sizeof(double) || s2[j] >= (T)LEAST_SQUARES) return false;
-        const bool certain = quiet >> j & 1u || fabs(about) >= (T)LEAST_CERTAIN;
-        return s1[j] != (T)0 || s2[j] != (T)0 || !certain;
+        return s1[j] != (T)0 || s2[j] != (T)0 || !(zeros || fabs(about) >= (T)LEAST_CERTAIN);
     }
-    /* Into shared memory, for the columns' threads. Returns a bit for each column that must be walked again. */
-    __device__ __forceinline__ unsigned put_away(const tiling &t, const tables &to, unsigned mask)
+    /* The sums move to float64, about the shift that the seed shares, and begin anew. */
+    __device__ __forceinline__ void put_away(const tiling &t, const tables &to)
     {
-        unsigned again = 0;
+        unsigned nonzero = 0;
+        if constexpr (VEC > 2) nonzero = nonzero_elements<VEC>(any);
         T about[VEC];
         element<D>::decode(k, about);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
-            const bool good = seen == 0 || (is_finite(s2[j]) && !vanished(about[j], j));
+            const bool good = is_finite(s2[j]) && !vanished(about[j], !(nonzero >> j & 1u), j);
             if (!good) again |= 1u << j;
-            to.s1[way::slot(t, j)] = s1[j];
-            to.s2[way::slot(t, j)] = good ? s2[j] : (T)-1; /* no sum of squares: left out */
+            const double up = (double)about[j] - (double)to.shift[way::column(t, j)];
+            const double moved = fused((double)seen, up, (double)s1[j]);
+            double2 &part = to.parts.of(t, way::level(t), way::lane(t), j);
+            double2 sum = part;
+            sum.x += moved;
+            sum.y += fused(up, moved + (double)s1[j], (double)s2[j]);
+            part = again >> j & 1u ? make_double2(0.0, 0.0) : sum;
+            s1[j] = s2[j] = (T)0;
         }
-        *(uint4 *)(to.k + threadIdx.x * VEC) = make_uint4(k[0], k[1], k[2], k[3]);
-        to.seen[threadIdx.x] = seen;
-        return again & mask;
+#pragma unroll
+        for (int i = 0; i < VECTOR_WORDS; ++i) any[i] = 0;
+        seen = 0;
     }
 };
 
-/* A walker's sums of a column, about K, onto `sum`. */
-template <kasmina_dtype D>
-__device__ __forceinline__ void add_shifted(const tiling &t, const forward_tables<D> &from, int w, int v, double shift,
-                                            double2 &sum)
-{
-    constexpr int VEC = walker<D>::VEC;
-    const int lane = v / VEC, j = v % VEC, thread = (w << t.lanes_log2) + lane;
-    const int slot = ((w * VEC + j) << t.lanes_log2) + lane;
-    const double n = from.seen[thread], s1 = (double)from.s1[slot], s2 = (double)from.s2[slot];
-    if (n == 0.0 || s2 < 0.0) return;
-    const double up = (double)element<D>::value(from.k[thread * VEC + j]) - shift;
-    const double moved = fused(n, up, s1);
-    sum.x += moved;
-    sum.y += fused(up, moved + s1, s2);
-}
-
-/* One of the thread's columns in float64, without what is not finite. */
-template <kasmina_dtype D>
-__device__ __forceinline__ double2 walk_again(const tiling &t, const forward_tables<D> &tables,
-                                              const typename element<D>::bits *x, int j)
+/* The thread's columns with a bit in `again`, in float64, without what is not finite. All of the block call this. */
+template <kasmina_dtype D> __device__ __noinline__ void walk_again(const forward_params &p, unsigned again)
 {
     using way = walker<D>;
-    const int c = way::column(t, j);
-    const double shift = (double)tables.shift[c];
-    double2 sum = make_double2(0.0, 0.0);
-    uint32_t nonfinite = 0;
-    way::revisit(t, *tables.place, j, [&](int64_t index) {
-        const double number = (double)element<D>::value(__ldg(x + index)), d = number - shift;
-        if (is_finite(number))
-            sum.x += d, sum.y = fused(d, d, sum.y);
-        else
-            ++nonfinite;
+    using bits = typename element<D>::bits;
+    const tiling &t = p.tiles;
+    const forward_tables<D> tables(t, true);
+    add_walked<D>(t, tables.sums, again, [&](int j) {
+        const int c = way::column(t, j);
+        const double shift = (double)tables.shift[c];
+        double2 sum = make_double2(0.0, 0.0);
+        uint32_t nonfinite = 0;
+        way::revisit(t, *tables.place, j, [&](int64_t index) {
+            const double number = (double)element<D>::value(__ldg((const bits *)p.x + index)), d = number - shift;
+            if (is_finite(number))
+                sum.x += d, sum.y = fused(d, d, sum.y);
+            else
+                ++nonfinite;
+        });
+        /* Integers: the order of the threads does not matter. */
+        if (nonfinite) atomicAdd(&tables.sums.count[c], nonfinite);
+        return sum;
     });
-    /* Integers: the order of the threads does not matter. */
-    if (nonfinite) atomicAdd(&tables.sums.count[c], nonfinite);
-    return sum;
 }
 
 /* ---- The kernel ---- */
@@ -277,29 +265,29 @@ template <kasmina_dtype D> struct column_blend {
     static constexpr int VEC = way::VEC;
 
     T a[VEC], b[VEC];
-    unsigned grafted = 0; /* a bit for each column */
+    vector_bits grafted; /* a mask */
 
     __device__ __forceinline__ void load(const tiling &t, const coefficient_table<T> &table)
     {
+        unsigned found = 0;
 #pragma unroll
         for (int j = 0; j < VEC; ++j) {
             const int c = way::column(t, j);
             a[j] = table.a[c];
             b[j] = table.b[c];
-            grafted |= table.grafted[c] << j;
+            found |= table.grafted[c] << j;
         }
+        element_mask<VEC>(found, grafted);
     }
-    /* Copied, not computed, where idle: a NaN keeps its payload. */
+    /* Copied, not computed, where idle: a NaN keeps its payload. No branch: decoding serves the sums too. */
     __device__ __forceinline__ void apply(const vector_bits &raw, vector_bits &result) const
     {
-        copy_vector(raw, result);
-        if (!grafted) return;
         T value[VEC];
         element<D>::decode(raw, value);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) value[j] = add(multiply(a[j], value[j]), b[j]);
         element<D>::encode(value, result);
-        if (grafted != way::ALL) to_vector(merge_elements<VEC>(grafted, from_vector(raw), from_vector(result)), result);
+        replace_elements(grafted, raw, result);
     }
 };
 
@@ -314,66 +302,92 @@ template <kasmina_dtype D, bool COLLECT> struct forward_walk {
     column_blend<D> blend;
     column_sums<D> sums;
 
-    /* The next ROWS rows. PLAIN: they are all there, their vectors whole and aligned. */
-    template <bool PLAIN> __device__ __forceinline__ void round(const forward_params &p)
+    __device__ __forceinline__ void begin(const tiling &t, const coefficient_table<typename element<D>::wide> &table)
+    {
+        blend.load(t, table);
+        if (COLLECT && walk.left > 0) ring.peek(0, sums.k);
+    }
+    /* The rows of a group, or as many as whole turns have. EDGE: some of the block's vectors are not whole. */
+    template <bool EDGE> __device__ __forceinline__ void walk_group(const forward_params &p)
     {
         const tiling &t = p.tiles;
-        const int count = PLAIN ? ROWS : min(walk.left, ROWS);
-        vector_bits rows[ROWS] = {};
-        ring.template next<PLAIN>(t);
+        ring.template walk_turns<EDGE>(t, FORWARD_GROUP / ring.TURN, walk, (char *)p.y,
+                                       [&](vector_bits(&rows)[1][ROWS], char *(&out)[ROWS]) {
+#pragma unroll
+                                           for (int i = 0; i < ROWS; ++i) {
+                                               vector_bits result;
+                                               blend.apply(rows[0][i], result);
+                                               if (p.y) store_columns<EDGE>(out[i], result);
+                                           }
+                                           if constexpr (COLLECT) sums.template add<!EDGE>(rows[0], ROWS, walk.mask);
+                                       });
+    }
+    /* The next rows, whatever they are. */
+    __device__ __forceinline__ void round(const forward_params &p)
+    {
+        const tiling &t = p.tiles;
+        const int count = min(walk.left, ROWS);
+        vector_bits rows[1][ROWS];
+        ring.next(t, count, rows);
 #pragma unroll
         for (int i = 0; i < ROWS; ++i, walk.advance(t)) {
-            if (!PLAIN && i >= count) continue;
-            ring.template get<PLAIN>(t, i, 0, rows[i]);
-            if (!p.y) continue;
+            if (!p.y || i >= count) continue;
             vector_bits result;
-            blend.apply(rows[i], result);
+            blend.apply(rows[0][i], result);
             bits *to = (bits *)p.y + walk.at;
-            if (PLAIN || (walk.mask == way::ALL && misalignment(p.y) == 0))
-                store_vector(to, result);
+            if (misalignment(p.y) == 0)
+                store_columns<true>(to, result);
             else
-                store_elements(to, from_vector(result), walk.mask);
+                store_elements(to, result, walk.mask);
         }
-        ring.pop(t);
-        if constexpr (COLLECT) sums.template add<PLAIN>(rows, count, walk.mask);
+        if constexpr (COLLECT) sums.template add<false>(rows[0], count, walk.mask);
+    }
+
+  private:
+    template <bool EDGE> __device__ __forceinline__ void store_columns(void *to, const vector_bits &vector) const
+    {
+        if (!EDGE || walk.mask == way::ALL)
+            store_vector(to, vector);
+        else
+            store_elements((bits *)to, vector, walk.mask);
     }
 };
 
 template <kasmina_dtype D, bool COLLECT>
-__global__ void __launch_bounds__(BLOCK, FORWARD_BLOCKS_PER_SM) forward_kernel(const __grid_constant__ forward_params p)
+__global__ void __launch_bounds__(BLOCK, forward_blocks_per_sm(COLLECT))
+    forward_kernel(const __grid_constant__ forward_params p)
 {
     using way = walker<D>;
-    if (COLLECT) allow_dependents();
+    using tables = forward_tables<D>; /* made anew where it is used: its pointers are too many for the loop */
     const tiling &t = p.tiles;
     const block_place here = block_place::here(t);
-    const forward_tables<D> tables(t, p.granules, COLLECT);
     const way first(t, here);
-    using ring = typename forward_tables<D>::ring;
-    forward_walk<D, COLLECT> thread = {first, ring(t, first, tables.rows, &p.x, p.granules)};
-    if (threadIdx.x == 0) *tables.place = here; /* for the rare paths: not in registers all the way */
-    tables.fill(p, here, COLLECT);              /* while the first rows are on their way */
-    if constexpr (COLLECT) clear_columns(t, tables.sums);
-    __syncthreads();
+    wait_for_primary();
+    allow_dependents();
+    forward_walk<D, COLLECT> thread = {first, {t, first, tables(t, COLLECT).rows, &p.x, p.granules}};
+    tables(t, COLLECT).fill(p, here, COLLECT); /* while the first rows are on their way */
+    const bool edge = __syncthreads_or(first.mask != way::ALL && first.mask);
 
-    if (p.y && first.mask) thread.blend.load(t, tables.blend);
-    if (thread.ring.plain && misalignment(p.y) == 0) {
+    if (first.mask) thread.begin(t, tables(t, COLLECT).blend);
+    const bool turns = !t.plane && p.granules == 1 && misalignment(p.y) == 0;
 #pragma unroll 1
-        while (thread.walk.left >= FORWARD_ROWS) thread.template round<true>(p);
+    while (thread.walk.left > 0) {
+        if (turns && edge) thread.template walk_group<true>(p);
+        if (turns && !edge) thread.template walk_group<false>(p);
+#pragma unroll 1
+        for (int rows = 0; rows < FORWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) {
+            if (turns && thread.walk.left >= thread.ring.TURN) break; /* another group */
+            thread.round(p);
+        }
+        if constexpr (COLLECT) thread.sums.put_away(t, tables(t, COLLECT));
     }
-#pragma unroll 1
-    while (thread.walk.left > 0) thread.template round<false>(p);
 
     if constexpr (COLLECT) {
-        __syncthreads(); /* the ring's memory is free */
-        const unsigned again = thread.sums.put_away(t, tables, first.mask);
-        if (__syncthreads_or(again != 0))
-            add_walked<D>(t, tables.sums, again,
-                          [&](int j) { return walk_again(t, tables, (const typename element<D>::bits *)p.x, j); });
-        const auto add_walker = [&](int c, int w, int v, double2 &sum) {
-            add_shifted(t, tables, w, v, (double)tables.shift[c], sum);
-        };
-        reduce_tile<way::VEC>(t, tables.sums, add_walker, [&](int c, int32_t, double2 sum, uint32_t nonfinite) {
-            const block_place &place = *tables.place;
+        const tables after(t, COLLECT);
+        const unsigned again = thread.sums.again & thread.walk.mask;
+        if (__syncthreads_or(again != 0)) walk_again<D>(p, again);
+        reduce_tile(t, after.sums, after.parts, [&](int c, int32_t, double2 sum, uint32_t nonfinite) {
+            const block_place &place = *after.place;
             const int64_t slot = t.slot_of(place.tile, t.feature_of(place.origin + c));
             const int64_t index = slot * t.splits + place.split;
             p.out.sums[index] = sum;

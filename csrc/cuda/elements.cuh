@@ -138,19 +138,23 @@ __device__ __forceinline__ void to_vector(const uint4 &from, vector_bits &to)
     to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
 }
 
-/* Of a vector's elements, those without a bit in `chosen` become those of `other`, bit for bit. */
-template <int VEC>
-__device__ __forceinline__ void replace_elements(unsigned chosen, const vector_bits &other, vector_bits &vector)
+/* All bits of the elements with a bit in `chosen`. */
+template <int VEC> __device__ __forceinline__ void element_mask(unsigned chosen, vector_bits &mask)
 {
 #pragma unroll
     for (int i = 0; i < VECTOR_WORDS; ++i) {
-        uint32_t mask;
         if constexpr (VEC == 8)
-            mask = (chosen >> 2 * i & 1u) * 0xffffu + (chosen >> (2 * i + 1) & 1u) * 0xffff0000u;
+            mask[i] = (chosen >> 2 * i & 1u) * 0xffffu + (chosen >> (2 * i + 1) & 1u) * 0xffff0000u;
         else
-            mask = 0u - (chosen >> i * VEC / VECTOR_WORDS & 1u);
-        vector[i] = (vector[i] & mask) | (other[i] & ~mask);
+            mask[i] = 0u - (chosen >> i * VEC / VECTOR_WORDS & 1u);
     }
+}
+
+/* Bits outside the mask become those of `other`. */
+__device__ __forceinline__ void replace_elements(const vector_bits &mask, const vector_bits &other, vector_bits &vector)
+{
+#pragma unroll
+    for (int i = 0; i < VECTOR_WORDS; ++i) vector[i] = (vector[i] & mask[i]) | (other[i] & ~mask[i]);
 }
 
 /* A bit for each element that is neither 0.0 nor -0.0. Not for float64. */
@@ -170,26 +174,10 @@ template <int VEC> __device__ __forceinline__ unsigned nonzero_elements(const ve
     return found;
 }
 
-/* The same, called rather than copied into loops where few vectors need it. */
-template <int VEC> __device__ __noinline__ uint4 merge_elements(unsigned chosen, uint4 other, uint4 vector)
-{
-    vector_bits from, to;
-    to_vector(other, from);
-    to_vector(vector, to);
-    replace_elements<VEC>(chosen, from, to);
-    return make_uint4(to[0], to[1], to[2], to[3]);
-}
-
-__device__ __forceinline__ uint4 from_vector(const vector_bits &w)
-{
-    return make_uint4(w[0], w[1], w[2], w[3]);
-}
-
 /* Of a vector's elements, those with a bit in `mask`. */
-template <typename bits> __device__ __noinline__ void store_elements(bits *p, uint4 vector, unsigned mask)
+template <typename bits> __device__ __forceinline__ void store_elements(bits *p, const vector_bits &w, unsigned mask)
 {
     constexpr int VEC = VECTOR_BYTES / sizeof(bits);
-    const uint32_t w[VECTOR_WORDS] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
         if (!(mask >> j & 1u)) continue;

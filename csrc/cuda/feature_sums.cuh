@@ -63,19 +63,25 @@ __device__ __forceinline__ double2 add_splits(const tiling &t, const feature_sum
     return sum;
 }
 
-/* All threads of the block call this; those with `wanted` get their feature's sums, the others zeros. */
-__device__ __forceinline__ double2 total_feature(const tiling &t, const feature_sums &sums, const feature_place &place,
-                                                 bool wanted)
+/* The sums of a feature from those of its shares. All threads of the block call this. */
+__device__ __forceinline__ double2 add_shares(const feature_place &place, double2 sum)
 {
     __shared__ double2 shares[FEATURE_SHARES][WARP];
-    if (wanted) shares[place.share][place.lane] = add_splits(t, sums, place);
+    shares[place.share][place.lane] = sum;
     __syncthreads();
     double2 total = make_double2(0.0, 0.0);
-    for (int i = 0; wanted && i < FEATURE_SHARES; ++i) {
+    for (int i = 0; i < FEATURE_SHARES; ++i) {
         total.x += shares[i][place.lane].x;
         total.y += shares[i][place.lane].y;
     }
     return total;
+}
+
+/* All threads of the block call this; those with `wanted` get their feature's sums, the others zeros. */
+__device__ __forceinline__ double2 total_feature(const tiling &t, const feature_sums &sums, const feature_place &place,
+                                                 bool wanted)
+{
+    return add_shares(place, wanted ? add_splits(t, sums, place) : make_double2(0.0, 0.0));
 }
 
 /* Write a feature's column of grad_weights [P, features], zero in the rows that its seed does not train. */

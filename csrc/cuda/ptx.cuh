@@ -30,6 +30,17 @@ struct shared_carver {
     }
 };
 
+/* The compiler knows nothing of this value any more. */
+template <typename T> __device__ __forceinline__ void opaque(T *&pointer)
+{
+    asm volatile("" : "+l"(pointer));
+}
+
+__device__ __forceinline__ void opaque(uint32_t (&w)[4])
+{
+    asm volatile("" : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]));
+}
+
 /* ---- Copies of 16 bytes from global to shared memory, which bypass L1; before sm_80, in two steps ---- */
 
 __device__ __forceinline__ uint32_t shared_address(const void *p)
@@ -67,7 +78,7 @@ __device__ __forceinline__ void store_shared(uint32_t at, uint64_t bits)
     asm volatile("st.shared.u64 [%0], %1;" : : "r"(at), "l"(bits) : "memory");
 }
 
-/* A plain load and a plain store; no later copy overtakes them. */
+/* Plain loads and plain stores; no later copy overtakes them. */
 __device__ __forceinline__ void copy_in_steps(uint32_t to, const void *from)
 {
     const uint4 w = __ldg((const uint4 *)from);
@@ -92,6 +103,17 @@ __device__ __forceinline__ void copy_to_shared_through_l1(uint32_t to, const voi
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from) : "memory");
 #else
     copy_in_steps(to, from);
+#endif
+}
+
+/* Of 16 bytes the first `bytes`; the others become 0. */
+__device__ __forceinline__ void copy_to_shared(uint32_t to, const void *from, int bytes)
+{
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(bytes) : "memory");
+#else
+    for (int i = 0; i < 16; i += 2)
+        store_shared(to + i, i < bytes ? __ldg((const uint16_t *)from + i / 2) : (uint16_t)0);
 #endif
 }
 
@@ -173,7 +195,10 @@ __device__ __forceinline__ uint16_t to_bfloat16(float value)
 
 /* ---- Programmatic dependent launch. Nothing on older GPUs, where such launches are not made. ---- */
 
-/* The next kernel of the stream may start; it waits for this one's end before it reads our writes. */
+/*
+ * The next kernel of the stream may start; it waits for this one's end before it reads our writes. Called after
+ * wait_for_primary(): what was written before this kernel, the next one may then read at once.
+ */
 __device__ __forceinline__ void allow_dependents()
 {
 #if __CUDA_ARCH__ >= 900

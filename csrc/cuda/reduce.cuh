@@ -15,6 +15,23 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 
 /* ---- A tile: sum each column over the walkers, then each run of columns with one owner ---- */
 
+/*
+ * Each thread's sums of its columns. Places are turned about, so that neither the columns of a thread nor the threads of
+ * a column meet in a bank.
+ */
+template <int VEC> struct thread_sums {
+    double2 *places;
+
+    static __host__ __device__ __forceinline__ int count(const tiling &t)
+    {
+        return t.threads() * VEC;
+    }
+    __device__ __forceinline__ double2 &of(const tiling &t, int level, int lane, int j) const
+    {
+        return places[((level << t.lanes_log2) + lane) * VEC + ((j + lane * VEC / 8) & (VEC - 1))];
+    }
+};
+
 struct tile_sums {
     double2 *columns; /* [sum_columns] what each column has already, see clear_columns; then room for its sums */
     uint32_t *count;  /* [width], one more sum of each column, or NULL */
@@ -27,9 +44,12 @@ __host__ __device__ __forceinline__ int sum_columns(const tiling &t)
     return t.width > t.threads() ? t.width : t.threads();
 }
 
-__device__ __forceinline__ void clear_columns(const tiling &t, const tile_sums &sums)
+template <int VEC>
+__device__ __forceinline__ void clear_sums(const tiling &t, const tile_sums &sums, const thread_sums<VEC> &parts)
 {
     for (int c = (int)threadIdx.x; c < t.width; c += t.threads()) sums.columns[c] = make_double2(0.0, 0.0);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) parts.places[i * t.threads() + (int)threadIdx.x] = make_double2(0.0, 0.0);
 }
 
 /*
@@ -37,7 +57,7 @@ __device__ __forceinline__ void clear_columns(const tiling &t, const tile_sums &
  * after the other, so that the order is always the same. All threads of the block call this.
  */
 template <kasmina_dtype D, typename Walk>
-__device__ __noinline__ void add_walked(const tiling &t, const tile_sums &sums, unsigned again, const Walk &walk)
+__device__ __forceinline__ void add_walked(const tiling &t, const tile_sums &sums, unsigned again, const Walk &walk)
 {
     using way = walker<D>;
     double2 walked[way::VEC];
@@ -56,24 +76,28 @@ __device__ __noinline__ void add_walked(const tiling &t, const tile_sums &sums, 
     }
 }
 
-/* Sums of a column over every `step`-th walker, onto `sum`; v is where the walker has the column. */
-template <int VEC, typename Add>
-__device__ __forceinline__ void sum_walkers(const tiling &t, int c, int first, int step, const Add &add, double2 &sum)
+/* A column's sums over every `step`-th walker, onto `sum`. */
+template <int VEC>
+__device__ __forceinline__ void sum_walkers(const tiling &t, const thread_sums<VEC> &parts, int c, int first, int step,
+                                            double2 &sum)
 {
-#pragma unroll 4
+#pragma unroll 8
     for (int w = first; w < t.walkers(); w += step) {
-        const int v = c - t.lead + shift_of<VEC>(t, w);
-        if (v >= 0 && v < t.lanes * VEC) add(c, w, v, sum);
+        const int v = c - t.lead + shift_of<VEC>(t, w); /* the column's place in the walker */
+        if (v < 0 || v >= t.lanes * VEC) continue;
+        const double2 part = parts.of(t, w, v / VEC, v % VEC);
+        sum.x += part.x;
+        sum.y += part.y;
     }
 }
 
 /*
- * All threads of the block call this after a barrier that follows their last store to what `add` reads.
- * add(column, walker, place of the column in the walker, sum) adds a walker's sums onto `sum`. For each run
+ * All threads of the block call this after a barrier that follows their last store to `parts`. For each run
  * emit(first column, owner, sum, count) is called by one thread.
  */
-template <int VEC, typename Add, typename Emit>
-__device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &sums, const Add &add, const Emit &emit)
+template <int VEC, typename Emit>
+__device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &sums, const thread_sums<VEC> &parts,
+                                            const Emit &emit)
 {
     const int threads = t.threads(), tid = (int)threadIdx.x, lane = tid % WARP;
     const int side = (1 << t.lanes_log2) * VEC + (t.lead ? VEC : 0); /* no less than width */
@@ -84,7 +108,7 @@ __device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &su
         double2 sum = make_double2(0.0, 0.0);
         if (c < t.width && share < shares) {
             if (share == 0) sum = sums.columns[c];
-            sum_walkers<VEC>(t, c, share, shares, add, sum);
+            sum_walkers(t, parts, c, share, shares, sum);
         }
         __syncthreads();
         sums.columns[tid] = sum;
@@ -95,7 +119,7 @@ __device__ __forceinline__ void reduce_tile(const tiling &t, const tile_sums &su
         const bool exists = c < t.width;
         double2 sum = make_double2(0.0, 0.0);
         if (exists) sum = sums.columns[c];
-        if (exists && shares <= 1) sum_walkers<VEC>(t, c, 0, 1, add, sum);
+        if (exists && shares <= 1) sum_walkers(t, parts, c, 0, 1, sum);
         for (int share = 1; exists && share < shares; ++share) {
             const double2 part = sums.columns[share * side + c];
             sum.x += part.x;
@@ -166,18 +190,31 @@ static inline int lanes_for(int64_t parts)
     return lanes;
 }
 
+/* Parts that a lane asks for before it adds the first: a trip to memory for all. */
+constexpr int PARTS_AHEAD = 4;
+
 template <typename Job>
 __device__ __forceinline__ sum3 add_parts(const Job &job, const typename Job::seed &seed, int lane, int lanes)
 {
     sum3 sum = {0.0, 0.0, 0.0};
-#pragma unroll 4
-    for (int64_t i = lane; i < seed.parts; i += lanes) job.add(seed, i, sum);
+#pragma unroll 1
+    for (int64_t i = lane; i < seed.parts; i += PARTS_AHEAD * lanes) {
+        typename Job::part parts[PARTS_AHEAD];
+#pragma unroll
+        for (int k = 0; k < PARTS_AHEAD; ++k) {
+            const int64_t next = i + k * lanes;
+            parts[k] = job.load(seed, next < seed.parts ? next : i);
+        }
+#pragma unroll
+        for (int k = 0; k < PARTS_AHEAD; ++k)
+            if (i + k * lanes < seed.parts) job.add(seed, parts[k], sum);
+    }
     return sum;
 }
 
 /*
  * Job: `open(s)` gives a Job::seed with `parts`, without reading what the kernel before wrote;
- * `add(seed, i, sum)` adds part i; `close(seed, sum)` is called by one thread. Blocks have BLOCK threads; `block`
+ * `load(seed, i)` asks for part i, a Job::part, which `add(seed, part, sum)` adds; `close(seed, sum)` is called by one thread. Blocks have BLOCK threads; `block`
  * counts those that share the seeds.
  */
 template <typename Job>

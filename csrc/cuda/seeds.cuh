@@ -112,7 +112,8 @@ struct seed_blend {
 __device__ __forceinline__ seed_blend blend_of(const seed_table &table, int32_t seed)
 {
     const kasmina_seeds &seeds = table.seeds;
-    if (seed == UNOWNED) return {false, false, 0, 0, 0.0f};
+    if (seed == UNOWNED || !seeds.state)
+        return {false, false, 0, 0, 0.0f}; /* no state: the owner is all that is asked */
     const int64_t count = seeds.chunks.count;
     const int32_t *state = seeds.state + seed;
     const int32_t lifecycle = __ldg(state + KASMINA_LIFECYCLE_STATE * count);

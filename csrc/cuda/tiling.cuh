@@ -36,8 +36,9 @@ constexpr int MAX_LANES = 32;
 constexpr int LEAST_ROWS = 4;
 /* Nor is a further wave of blocks, if its threads have fewer rows than this. */
 constexpr int LEAST_ROWS_OF_WAVES = 16;
-/* How full the last wave must be for the search of a split to stop, and its longest search. */
+/* How full the waves are with which the search of a split begins and ends, and its longest search. */
 constexpr double FULL_ENOUGH = 0.9;
+constexpr double FULL = 0.95;
 constexpr int SPLIT_TRIES = 16;
 
 struct tiling {
@@ -115,7 +116,6 @@ static inline int64_t most(int64_t a, int64_t b)
 struct grid_wish {
     int64_t blocks_at_once; /* blocks of BLOCK threads that the device holds */
     int waves;              /* how many times that many it would like, for an even end */
-    int most_rows;          /* a thread's, so that sums in float32 stay exact to ~1e-6 */
 };
 
 /* In how many parts to cut the rows so that whole waves of blocks fill the device. */
@@ -124,7 +124,7 @@ static inline int64_t choose_splits(int64_t tiles, int64_t rows, int64_t walkers
     const int64_t blocks_at_once = wish.blocks_at_once;
     const int64_t one_wave = (int64_t)(FULL_ENOUGH * (double)blocks_at_once / (double)tiles);
     const int64_t waves = least(wish.waves * one_wave, rows / (LEAST_ROWS_OF_WAVES * walkers));
-    const int64_t first = most(most(one_wave, waves), ceil_div(rows, wish.most_rows * walkers));
+    const int64_t first = most(most(one_wave, waves), 1);
     const int64_t last = ceil_div(rows, LEAST_ROWS * walkers);
     if (first >= last) return last;
     int64_t best = first;
@@ -133,7 +133,7 @@ static inline int64_t choose_splits(int64_t tiles, int64_t rows, int64_t walkers
         const int64_t blocks = tiles * splits, filled = ceil_div(blocks, blocks_at_once) * blocks_at_once;
         const double fill = (double)blocks / (double)filled;
         if (fill > best_fill) best = splits, best_fill = fill;
-        if (fill >= FULL_ENOUGH) break;
+        if (fill >= FULL) break;
     }
     return best;
 }
