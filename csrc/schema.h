@@ -32,7 +32,10 @@
 /* telemetry becomes what it would be had it seen both. */
 #define KASMINA_SCHEMA_TELEMETRY_MERGE "telemetry_merge(Tensor(a!) telemetry, Tensor other) -> ()"
 
-/* Judge and apply requests; int32 [U] verdicts. state, history and history_count must be contiguous. seed_ids, mask int32 [U]; values int32 [U, 4]; rules int32 [11, 11]. */
+/*
+ * Judge and apply requests; int32 [U] verdicts. state, history and history_count must be contiguous. seed_ids, mask
+ * int32 [U]; values int32 [U, 4]; rules int32 [11, 11].
+ */
 #define KASMINA_SCHEMA_STATE_UPDATE                                                 \
     "state_update(Tensor(a!) state, Tensor(b!) history, Tensor(c!) history_count, " \
     "Tensor seed_ids, Tensor values, Tensor mask, Tensor rules, int num_blueprints) -> Tensor"

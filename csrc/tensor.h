@@ -19,8 +19,9 @@ typedef struct {
 } kasmina_tensor;
 
 /*
- * Take the first `count` arguments, called `names`, of a boxed call of `op`. All handles are owned by `tensors` afterwards, whatever happens, so
- * kasmina_tensors_release() is due on every path. False, with a message, if torch refuses to describe one.
+ * Take the first `count` arguments, called `names`, of a boxed call of `op`. All handles are owned by `tensors`
+ * afterwards, whatever happens, so kasmina_tensors_release() is due on every path. False, with a message, if torch
+ * refuses to describe one.
  */
 bool kasmina_tensors_take(kasmina_tensor *tensors, const StableIValue *stack, int count, const char *op,
                           const char *const *names, kasmina_status *status);

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import stacks
+import threads
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
@@ -33,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that this machine may have, in turn."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """See threads.one_thread()."""
+    with threads.one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import checks
 import pytest
 import torch
 from cases import Case, build
+from lifecycle_checks import function
 from torch import Tensor
 
 FLOATS = "be float32, float64, bfloat16 or float16"
@@ -223,9 +224,12 @@ TABLE = [
 VALUES = [bad for op in ("chunked_forward", "chunked_backward", "telemetry_update") for bad in _offset_values(op)]
 
 
-def check(bad: Bad, backend: str, device: torch.device) -> str:
-    """The call fails with the right words, changes no tensor and keeps no handle; returns the message."""
-    arguments = good_arguments(bad.op, device)
+def check(bad: Bad, backend: str, device: torch.device, good: Callable = good_arguments) -> str:
+    """A ``good`` call but for one argument fails with the right words, changes no tensor and keeps no handle.
+
+    Returns the message.
+    """
+    arguments = good(bad.op, device)
     arguments[bad.argument] = bad.change(arguments[bad.argument])
     tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
     before = {name: t.clone() for name, t in tensors.items() if t.dim() <= 64}  # more, CUDA cannot copy
@@ -233,7 +237,7 @@ def check(bad: Bad, backend: str, device: torch.device) -> str:
     versions = {name: t._version for name, t in tensors.items()}
     message = "no error"
     try:  # not pytest.raises: it keeps the frames of the call, and these the tensors
-        getattr(checks.BACKENDS[backend], bad.op)(*arguments.values())
+        function(backend, bad.op)(*arguments.values())
     except RuntimeError as error:
         message = str(error)
     assert re.search(rf"{bad.op}: {bad.blamed or bad.argument} must {bad.must}, got .*{bad.got}", message), message

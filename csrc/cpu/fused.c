@@ -3,6 +3,11 @@
 #include "cpu/convert.h"
 #include "cpu/numbers.h"
 
+/* p0 to p3: four rows of `from`, or its one row four times over; where none is wanted, `from` is not looked at. */
+#define ROWS(type, p, from, rows, wanted)                                                        \
+    type *p##0 = (wanted) ? (from)[0] : NULL, *p##1 = (wanted) && (rows) > 1 ? (from)[1] : p##0, \
+         *p##2 = (wanted) && (rows) > 1 ? (from)[2] : p##0, *p##3 = (wanted) && (rows) > 1 ? (from)[3] : p##0
+
 #define REAL float
 #define BITS uint32_t
 #define TO_REAL kasmina_float_from_bits

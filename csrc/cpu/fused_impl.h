@@ -1,6 +1,6 @@
 /*
  * The loops of fused.h for one type of activation: included by fused.c with REAL (what is computed in), BITS (an unsigned
- * integer as wide as an activation), TO_REAL(bits), TO_BITS(real) and NAME(f) defined.
+ * integer as wide as an activation), TO_REAL(bits), TO_BITS(real), NAME(f) and ROWS defined.
  *
  * One pass with everything in registers; which parts of it are wanted is known when it is compiled. Elements are handled
  * as integers: a float register may quiet a signalling NaN that is only to be copied.
@@ -16,9 +16,8 @@ static inline __attribute__((always_inline)) void NAME(forward_rows)(const kasmi
     REAL *s1 = c->s1, *s2 = c->s2;
     const BITS *const *xs = (const BITS *const *)in;
     BITS *const *ys = (BITS *const *)out;
-    const BITS *x0 = xs[0], *x1 = rows > 1 ? xs[1] : x0, *x2 = rows > 1 ? xs[2] : x0, *x3 = rows > 1 ? xs[3] : x0;
-    BITS *y0 = blend ? ys[0] : NULL, *y1 = blend && rows > 1 ? ys[1] : y0, *y2 = blend && rows > 1 ? ys[2] : y0;
-    BITS *y3 = blend && rows > 1 ? ys[3] : y0;
+    ROWS(const BITS, x, xs, rows, true);
+    ROWS(BITS, y, ys, rows, blend);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
         const BITS raw[4] = {x0[i], x1[i], x2[i], x3[i]};
@@ -79,10 +78,9 @@ static inline __attribute__((always_inline)) void NAME(backward_rows)(const kasm
     REAL *u = c->u, *v = c->v;
     const BITS *const *gs = (const BITS *const *)grads, *const *xs = sum ? (const BITS *const *)in : gs;
     BITS *const *ys = (BITS *const *)out;
-    const BITS *g0 = gs[0], *g1 = rows > 1 ? gs[1] : g0, *g2 = rows > 1 ? gs[2] : g0, *g3 = rows > 1 ? gs[3] : g0;
-    const BITS *x0 = xs[0], *x1 = rows > 1 ? xs[1] : x0, *x2 = rows > 1 ? xs[2] : x0, *x3 = rows > 1 ? xs[3] : x0;
-    BITS *y0 = scale ? ys[0] : NULL, *y1 = scale && rows > 1 ? ys[1] : y0, *y2 = scale && rows > 1 ? ys[2] : y0;
-    BITS *y3 = scale && rows > 1 ? ys[3] : y0;
+    ROWS(const BITS, g, gs, rows, true);
+    ROWS(const BITS, x, xs, rows, true);
+    ROWS(BITS, y, ys, rows, scale);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
         const BITS raw[4] = {g0[i], g1[i], g2[i], g3[i]};

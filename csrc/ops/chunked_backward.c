@@ -6,13 +6,13 @@ enum { GRAD_Y, X, SEED_OFFSETS, STATE, ALPHA, BLUEPRINT_WEIGHTS, GRAD_TELEMETRY,
 enum { GRAD_X = NUM_INPUTS, GRAD_WEIGHTS, GRAD_ALPHA, WORKSPACE, NUM_TENSORS };
 enum { NUM_RESULTS = 3 };
 
-static const char op[] = "chunked_backward";
 static const char *const names[] = {"grad_y",        "x", "seed_offsets", "state", "alpha", "blueprint_weights",
                                     "grad_telemetry"};
 
-static bool validate(const kasmina_tensor *t, kasmina_status *status)
+static bool validate(const kasmina_call *call, kasmina_status *status)
 {
-    const kasmina_op_inputs in = {.op = op, .x = &t[X], .seed_offsets = &t[SEED_OFFSETS]};
+    const kasmina_tensor *t = call->t;
+    const kasmina_op_inputs in = {.op = call->op, .x = &t[X], .seed_offsets = &t[SEED_OFFSETS]};
     return kasmina_expect_activations(&in, status) && kasmina_expect_like_x(&in, "grad_y", &t[GRAD_Y], status) &&
            kasmina_expect_seeds(&in, &t[STATE], &t[ALPHA], &t[BLUEPRINT_WEIGHTS], status) &&
            kasmina_expect_accumulator(&in, "grad_telemetry", &t[GRAD_TELEMETRY], KASMINA_GRAD_TELEMETRY_COLUMNS,
@@ -28,9 +28,11 @@ static bool allocate(kasmina_tensor *out, bool wanted, const kasmina_tensor *lik
 }
 
 /* Allocate the results and compute them; everything allocated lands in `t`. */
-static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina_device_scope *scope,
-                kasmina_status *status)
+static bool run(kasmina_call *call, kasmina_status *status)
 {
+    kasmina_tensor *t = call->t;
+    bool wanted[NUM_RESULTS];
+    for (int i = 0; i < NUM_RESULTS; ++i) wanted[i] = kasmina_bool(call->scalars[i]);
     kasmina_backward_args args = {0};
     if (!(wanted[0] ? kasmina_tensor_empty_like(&t[GRAD_X], &t[X], status)
                     : kasmina_tensor_empty_1d(&t[GRAD_X], 0, t[X].scalar_type, &t[X], status)) ||
@@ -39,7 +41,7 @@ static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina
         return false;
     if (t[X].numel == 0) {
         if (aoti_torch_zero_(t[GRAD_WEIGHTS].handle) || aoti_torch_zero_(t[GRAD_ALPHA].handle))
-            return kasmina_fail(status, "%s: could not zero the results", op);
+            return kasmina_fail(status, "%s: could not zero the results", call->op);
         return true;
     }
     if (!kasmina_align_to_x(&t[X], &t[GRAD_Y], &args.layout, status) ||
@@ -52,28 +54,10 @@ static bool run(kasmina_tensor *t, const bool wanted[NUM_RESULTS], const kasmina
     if (t[GRAD_WEIGHTS].numel) args.grad_weights = kasmina_tensor_mutable_data(&t[GRAD_WEIGHTS], status);
     if (t[GRAD_ALPHA].numel) args.grad_alpha = kasmina_tensor_mutable_data(&t[GRAD_ALPHA], status);
     if (t[GRAD_TELEMETRY].numel) args.grad_telemetry = kasmina_tensor_mutable_data(&t[GRAD_TELEMETRY], status);
-    if (status->failed || !kasmina_make_workspace(&t[WORKSPACE], &args.workspace,
-                                                  KASMINA_WORKSPACE(scope, backward, &args), &t[X], status))
-        return false;
-    return kasmina_device_check(scope, KASMINA_LAUNCH(scope, chunked_backward, &args), op, status);
+    return !status->failed &&
+           kasmina_make_workspace(&t[WORKSPACE], &args.workspace, KASMINA_WORKSPACE(&call->scope, backward, &args),
+                                  &t[X], status) &&
+           KASMINA_RUN(call, chunked_backward, &args, status);
 }
 
-void kasmina_chunked_backward(StableIValue *stack, uint64_t num_args, uint64_t num_outputs)
-{
-    kasmina_status status = {0};
-    kasmina_tensor t[NUM_TENSORS] = {0};
-    kasmina_device_scope scope = {0};
-    bool wanted[NUM_RESULTS];
-    (void)num_args, (void)num_outputs;
-    /* A bool is the low byte of its slot; the rest is not specified. */
-    for (int i = 0; i < NUM_RESULTS; ++i) wanted[i] = (stack[NUM_INPUTS + i] & 0xff) != 0;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
-    if (!validate(t, &status)) goto done;
-    if (!kasmina_device_enter(&scope, &t[X], &status)) goto done;
-    if (run(t, wanted, &scope, &status))
-        for (int i = 0; i < NUM_RESULTS; ++i) kasmina_tensor_return(&t[GRAD_X + i], &stack[i]);
-done:
-    kasmina_device_leave(&scope);
-    kasmina_tensors_release(t, NUM_TENSORS);
-    kasmina_raise(&status, op);
-}
+KASMINA_OPERATOR(chunked_backward, .inputs = NUM_INPUTS, .results = NUM_RESULTS, .device_of = X)

@@ -1,6 +1,18 @@
 #include "ops/common.h"
 
-#include <inttypes.h>
+void kasmina_call_operator(const kasmina_operator *op, StableIValue *stack)
+{
+    kasmina_status status = {0};
+    kasmina_tensor t[KASMINA_MAX_TENSORS] = {0};
+    kasmina_call call = {.op = op->name, .t = t, .scalars = stack + op->inputs - op->first};
+    if (kasmina_tensors_take(t + op->first, stack, op->inputs - op->first, op->name, op->names + op->first, &status) &&
+        op->validate(&call, &status) && kasmina_device_enter(&call.scope, &t[op->device_of], &status) &&
+        op->run(&call, &status))
+        for (int i = 0; i < op->results; ++i) kasmina_tensor_return(&t[op->inputs + i], &stack[i]);
+    kasmina_device_leave(&call.scope);
+    kasmina_tensors_release(t, KASMINA_MAX_TENSORS);
+    kasmina_raise(&status, op->name);
+}
 
 bool kasmina_read_chunks(kasmina_tensor *seed_offsets, kasmina_chunks *chunks, kasmina_status *status)
 {
@@ -33,14 +45,20 @@ bool kasmina_read_seeds(kasmina_tensor *seed_offsets, kasmina_tensor *state, kas
     return !status->failed;
 }
 
+bool kasmina_make_dense(kasmina_tensor *x, const int64_t *strides, kasmina_layout *layout, kasmina_status *status)
+{
+    if (kasmina_tensor_layout(x, layout)) return true;
+    if (!kasmina_tensor_restride(x, strides, status)) return false;
+    return kasmina_tensor_layout(x, layout) || kasmina_fail(status, "could not make a tensor dense");
+}
+
 bool kasmina_align_to_x(kasmina_tensor *x, kasmina_tensor *other, kasmina_layout *layout, kasmina_status *status)
 {
     if (!kasmina_tensor_layout(x, layout)) {
         kasmina_tensor like;
-        bool copied = kasmina_tensor_empty_like(&like, x, status) && kasmina_tensor_restride(x, like.strides, status);
+        bool dense = kasmina_tensor_empty_like(&like, x, status) && kasmina_make_dense(x, like.strides, layout, status);
         kasmina_tensors_release(&like, 1);
-        if (!copied) return false;
-        kasmina_tensor_layout(x, layout);
+        if (!dense) return false;
     }
     bool same = true;
     for (int64_t d = 0; d < x->dim; ++d) same = same && (x->sizes[d] == 1 || x->strides[d] == other->strides[d]);

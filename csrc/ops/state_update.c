@@ -4,14 +4,14 @@
 
 enum { STATE, HISTORY, HISTORY_COUNT, SEED_IDS, VALUES, MASK, RULES, NUM_INPUTS };
 enum { VERDICTS = NUM_INPUTS, WORKSPACE, NUM_TENSORS };
-enum { NUM_BLUEPRINTS = NUM_INPUTS }; /* slot of the int */
 
-static const char op[] = "state_update";
 static const char *const names[] = {"state", "history", "history_count", "seed_ids", "values", "mask", "rules"};
 
-static bool validate(const kasmina_tensor *t, kasmina_status *status)
+static bool validate(const kasmina_call *call, kasmina_status *status)
 {
+    const kasmina_tensor *t = call->t;
     const kasmina_tensor *state = &t[STATE];
+    const char *op = call->op;
     if (!kasmina_expect_state(op, state, &t[HISTORY], &t[HISTORY_COUNT], status)) return false;
     if (!kasmina_expect_requests(op, &t[SEED_IDS], status)) return false;
     const int64_t updates = t[SEED_IDS].sizes[0];
@@ -39,9 +39,10 @@ static bool make_readable(kasmina_tensor *t, int input, kasmina_status *status)
     return !status->failed;
 }
 
-static bool run(kasmina_tensor *t, int64_t num_blueprints, const kasmina_device_scope *scope, kasmina_status *status)
+static bool run(kasmina_call *call, kasmina_status *status)
 {
-    kasmina_state_update_args args = {.num_blueprints = num_blueprints};
+    kasmina_tensor *t = call->t;
+    kasmina_state_update_args args = {.num_blueprints = (int64_t)call->scalars[0]};
     args.num_updates = t[SEED_IDS].sizes[0];
     args.num_seeds = t[STATE].sizes[1];
     if (!kasmina_tensor_empty_1d(&t[VERDICTS], args.num_updates, aoti_torch_dtype_int32(), &t[STATE], status))
@@ -64,22 +65,7 @@ static bool run(kasmina_tensor *t, int64_t num_blueprints, const kasmina_device_
                                                   &t[STATE], status))
         return false;
     args.winner = winner;
-    return kasmina_device_check(scope, KASMINA_LAUNCH(scope, state_update, &args), op, status);
+    return KASMINA_RUN(call, state_update, &args, status);
 }
 
-void kasmina_state_update(StableIValue *stack, uint64_t num_args, uint64_t num_outputs)
-{
-    kasmina_status status = {0};
-    kasmina_tensor t[NUM_TENSORS] = {0};
-    kasmina_device_scope scope = {0};
-    const int64_t num_blueprints = (int64_t)stack[NUM_BLUEPRINTS];
-    (void)num_args, (void)num_outputs;
-    if (!kasmina_tensors_take(t, stack, NUM_INPUTS, op, names, &status)) goto done;
-    if (!validate(t, &status)) goto done;
-    if (!kasmina_device_enter(&scope, &t[STATE], &status)) goto done;
-    if (run(t, num_blueprints, &scope, &status)) kasmina_tensor_return(&t[VERDICTS], &stack[0]);
-done:
-    kasmina_device_leave(&scope);
-    kasmina_tensors_release(t, NUM_TENSORS);
-    kasmina_raise(&status, op);
-}
+KASMINA_OPERATOR(state_update, .inputs = NUM_INPUTS, .results = 1, .device_of = STATE)
