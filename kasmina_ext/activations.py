@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -16,25 +15,13 @@ from torch.utils._pytree import tree_map_only
 
 from kasmina_ext.extras import missing_extra
 from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.names import matches, original_name
 from kasmina_ext.wrapper import CallsOnly
 
 Forward = Callable[[nn.Module, Any], Any]
 """Passes one batch through a model; what it returns is not looked at."""
 Recorded = Mapping[str, Tensor | Sequence[Tensor]]
 """By a module's name what it put out: a tensor for each call, or one of all batches, joined along dimension 0."""
-
-# Levels of a module's name that wrappers put in: KasminaLayer, torch.compile, FSDP, activation checkpointing.
-_WRAPPERS = frozenset({"base_layer", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-
-
-def original_name(name: str) -> str:
-    """A module's name as it was before anything was wrapped."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def matches(name: str, pattern: str) -> bool:
-    """As :func:`fnmatch.fnmatchcase`; a name that has a bracket in it also matches itself."""
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -80,12 +80,7 @@ class BlueprintBank:
         MIXED has none: it starts at the mean of what the seed has seen, 0 where nothing was
         measured.
         """
-        seen = self._buffers["telemetry"]
-        measured = seen[:, TelemetryColumn.COUNT] > 0
-        mean = torch.where(measured, seen[:, TelemetryColumn.MEAN], 0.0)
-        strategy = self._buffers["state"][StateVar.GRAFTING_STRATEGY]
-        scales = (strategy == _MULTIPLICATIVE) | (strategy == _AFFINE)
-        first = torch.where(strategy == _MIXED, mean, scales.to(mean.dtype))
+        first = neutral_first(self._buffers["state"], self._buffers["telemetry"])
         owner, is_first, is_second = self._rows_of(chosen)
         self._write_bank(is_first | is_second, torch.where(is_first, first[owner], 0.0))
 
@@ -96,13 +91,8 @@ class BlueprintBank:
 
     def _rows_of(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each feature's owner ``[H]``, and where in the bank the first and the second rows of the chosen seeds are."""
-        state = self._buffers["state"]
         owner, owned = reference.feature_owner(self._buffers["seed_offsets"], self.hidden_dim)
-        blueprint = state[StateVar.BLUEPRINT_ID][owner]
-        features = chosen[owner] & owned & (blueprint >= 0)
-        affine = state[StateVar.GRAFTING_STRATEGY][owner] == _AFFINE
-        row = torch.arange(self.num_blueprints, device=state.device)[:, None]
-        return owner, features & (row == blueprint), features & affine & (row == blueprint + 1)
+        return owner, *rows_of(chosen, self._buffers["state"], owner, owned, self.num_blueprints)
 
     def _write_bank(self, mask: Tensor | None, values: Tensor) -> None:
         """The one place that writes the bank: ``values`` where ``mask`` (None: everywhere), both ``[P, H]``. Where the
@@ -159,13 +149,14 @@ class BlueprintBank:
         return bank is not None and bank.grad is not None
 
     def forget_gradient(self, chosen: Tensor) -> None:
-        """Zero the bank's ``.grad`` for the blueprints of the seeds where ``chosen [S]``: it is of what they were.
+        """Zero the bank's ``.grad`` for the blueprints of the seeds where ``chosen [S]``, or for the elements where
+        ``chosen [P, H]``: it is of what they were.
 
         Never waits for the device. Not while a CUDA graph is captured, since the next replay may
         find another tensor there.
         """
         if self.gathers_gradient and not (chosen.is_cuda and torch.cuda.is_current_stream_capturing()):
-            write(self.lasting_bank.grad, 0.0, self.blueprint_mask(chosen))
+            write(self.lasting_bank.grad, 0.0, chosen if chosen.dim() == 2 else self.blueprint_mask(chosen))
 
     def _chosen(self, seed_ids: SeedIds) -> Tensor:
         device, seeds = self._buffers["state"].device, self.num_seeds
@@ -199,6 +190,26 @@ class BlueprintBank:
             buffers["state"],
             gathered(bank) if is_sharded(bank) else bank,
         )
+
+
+def rows_of(chosen: Tensor, state: Tensor, owner: Tensor, owned: Tensor, num_blueprints: int) -> tuple[Tensor, Tensor]:
+    """Where in a bank, bool ``[P, H]``, the first and the second rows of the seeds where ``chosen [S]`` are; ``owner [H]``
+    and ``owned [H]`` say whose the features are.
+    """
+    blueprint = state[StateVar.BLUEPRINT_ID][owner]
+    features = chosen[owner] & owned & (blueprint >= 0)
+    affine = state[StateVar.GRAFTING_STRATEGY][owner] == _AFFINE
+    row = torch.arange(num_blueprints, device=state.device)[:, None]
+    return features & (row == blueprint), features & affine & (row == blueprint + 1)
+
+
+def neutral_first(state: Tensor, telemetry: Tensor) -> Tensor:
+    """float64 ``[S]``: the first row of what each seed's strategy starts from; the second is 0."""
+    measured = telemetry[:, TelemetryColumn.COUNT] > 0
+    mean = torch.where(measured, telemetry[:, TelemetryColumn.MEAN], 0.0)
+    strategy = state[StateVar.GRAFTING_STRATEGY]
+    scales = (strategy == _MULTIPLICATIVE) | (strategy == _AFFINE)
+    return torch.where(strategy == _MIXED, mean, scales.to(mean.dtype))
 
 
 def neutral_rows(strategy: GraftingStrategy, num_blueprints: int) -> Tensor:

@@ -25,7 +25,6 @@ from kasmina_ext.activations import (
     StopForward,
     Targets,
     hooked,
-    original_name,
     progress_bar,
     tensor_of,
     unwrapped,
@@ -37,6 +36,7 @@ from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.least_squares import FITTED, Fit, explained, fit
 from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
 from kasmina_ext.measure import seed_layers
+from kasmina_ext.names import original_name
 from kasmina_ext.report import TableReport, cell, counted
 from kasmina_ext.state_layout import StateVar
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_ext._dispatch import lifecycle_ops
-from kasmina_ext.blueprints import Blueprints
+from kasmina_ext.blueprints import Blueprints, Traits, traits_of
 from kasmina_ext.distributed import merged_telemetry
 from kasmina_ext.evaluation import Evaluation, judge
 from kasmina_ext.events import EventLog, Sink
@@ -27,8 +27,8 @@ from kasmina_ext.policy import (
     NUMBERS,
     STAY,
     GrowthConfig,
+    Observation,
     Policy,
-    Seeds,
     alive_in,
     checked_budget,
     decided_by,
@@ -36,8 +36,9 @@ from kasmina_ext.policy import (
 )
 from kasmina_ext.ranks import Ranks
 from kasmina_ext.seed_record import SeedRecord
-from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, NO_ID, StateVar
-from kasmina_ext.telemetry import potential
+from kasmina_ext.side_by_side import Sides
+from kasmina_ext.state_layout import INT32_MAX, INT32_MIN, StateVar
+from kasmina_ext.telemetry import potential_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -135,7 +136,8 @@ class GrowthController:
         self._check_banks()
         log = log if Ranks(process_group).rank == 0 else None
         self._log = EventLog(log, {name: layer.num_seeds for name, layer in named.items()}, decided_by(self.policy))
-        self._blueprints = [Blueprints(layer) for layer in self.layers]
+        self._blueprints = {layer: Blueprints(layer) for layer in self.layers}
+        self._sides = Sides(self.layers)
         self._ramp = self.rules.least_epochs(_S.GRAFTING, _S.STABILIZATION) or 0
         self._budget = self.config.budget
         self._watch()
@@ -192,8 +194,8 @@ class GrowthController:
     @property
     def _total_price(self) -> int:
         if self.config.budget_in == "seeds":
-            return sum(blueprints.owners for blueprints in self._blueprints)
-        return sum(blueprints.total_parameters for blueprints in self._blueprints)
+            return sum(blueprints.owners for blueprints in self._blueprints.values())
+        return sum(blueprints.total_parameters for blueprints in self._blueprints.values())
 
     def step(self, loss: Tensor | float | None = None, reconstruction: Tensor | Sequence[Tensor] | None = None) -> bool:
         """Once per optimizer step, after it; every ``tick_every`` steps a tick. Whether this was one.
@@ -239,11 +241,14 @@ class GrowthController:
             )
         watched = self.ticks % self.config.watch == 0
         if watched:
-            for blueprints in self._blueprints:
+            for blueprints in self._blueprints.values():
                 blueprints.take_snapshot()
         until = self.config.until
         with self._together() as ranks:
-            self._decide(self._seeds(ranks, germinates=watched and (until is None or self.ticks <= until)), ranks)
+            germinates = watched and (until is None or self.ticks <= until)
+            # The default policy asks for stability in evaluations only, and the log goes by what it asks for.
+            stability = self.policy is not default_policy
+            self._decide(self._seeds(ranks, germinates=germinates, stability=stability), ranks)
             if self.record is not None:
                 self.record.take(self.steps)
         if watched:
@@ -286,7 +291,7 @@ class GrowthController:
         """
         self._check_banks()
         with torch.no_grad(), self._together() as ranks:
-            seeds = self._seeds(ranks, germinates=False)
+            seeds = self._seeds(ranks, germinates=False, stability=True)
             found = judge(self._roots, batches, loss_fn, seeds, ranks)
             entered = self._decide(dataclasses.replace(seeds, measured=found.measured), ranks)
             if self.record is not None:
@@ -328,7 +333,9 @@ class GrowthController:
             "losses": kept(self._losses),
             "watched": [kept(tensor) for tensor in self._watched_since()],
             "reconstruction": None if self._reconstruction is None else [kept(each) for each in self._reconstruction],
-            "snapshots": [[kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints],
+            "snapshots": [
+                [kept(tensor) for tensor in blueprints.snapshots] for blueprints in self._blueprints.values()
+            ],
             "record": None if self.record is None else self.record._state(kept),
         }
 
@@ -346,7 +353,7 @@ class GrowthController:
         self._lives, self._losses, self._watched = taken["lives"], taken["losses"], taken["watched"]
         self._reconstruction = taken["reconstruction"]
         self._resets = [layer.telemetry_resets for layer in self.layers]
-        for blueprints, of_layer in zip(self._blueprints, taken["snapshots"], strict=True):
+        for blueprints, of_layer in zip(self._blueprints.values(), taken["snapshots"], strict=True):
             blueprints.snapshots = of_layer
         if self.record is not None and state.get("record") is not None:
             self.record.load_state_dict(state["record"])
@@ -374,35 +381,32 @@ class GrowthController:
         with merged_telemetry(self.layers, self._process_group):
             yield ranks
 
-    def _seeds(self, ranks: Ranks, *, germinates: bool) -> Seeds:
-        """What the policy is to see."""
+    def _seeds(self, ranks: Ranks, *, germinates: bool, stability: bool) -> Observation:
+        """What the policy is to see; NaN for a ``stability`` that is not wanted."""
         layout = self._layout
         state = layout.buffer("state").clone()
         self._follow_layers()
-        since = layout.split(ranks.total(layout.join(self._watched_since())))
+        since = ranks.total(layout.join(self._watched_since()))
         losses = ranks.total(self._losses)
-        traits = [blueprints.traits() for blueprints in self._blueprints]
-        parameters, reconstruction, stability, nonfinite = (
-            layout.join([getattr(trait, name) for trait in traits])
-            for name in ("parameters", "reconstruction", "stability", "nonfinite")
-        )
+        traits = self._traits(stability)
+        reconstruction = traits.reconstruction
         if self._reconstruction is not None:
             reconstruction = ranks.total(layout.join(self._reconstruction)) / ranks.size
-        return Seeds(
+        return Observation(
             layer=self._layer_numbers(),
             lifecycle=state[StateVar.LIFECYCLE_STATE],
             epochs=state[StateVar.EPOCHS_IN_STATE],
             errors=state[StateVar.ERROR_COUNT],
             lives=self._lives.clone(),
             alpha=layout.buffer("alpha").clone(),
-            parameters=parameters,
-            potential=layout.join([potential(layer, seen) for layer, seen in zip(self.layers, since, strict=True)]),
+            parameters=traits.parameters,
+            potential=potential_of(state[StateVar.GRAFTING_STRATEGY], layout.buffer("grad_telemetry"), since),
             activations=layout.buffer("telemetry").clone(),
             reconstruction=reconstruction,
-            stability=stability,
-            nonfinite=nonfinite,
+            stability=traits.stability,
+            nonfinite=traits.nonfinite,
             rules=self.rules.on(layout.device),
-            price=torch.ones_like(parameters) if self.config.budget_in == "seeds" else parameters,
+            price=torch.ones_like(traits.parameters) if self.config.budget_in == "seeds" else traits.parameters,
             budget=self.budget,
             tick=self.ticks,
             step=self.steps,
@@ -411,6 +415,13 @@ class GrowthController:
             config=self.config,
             _random=self._random,
         )
+
+    def _traits(self, stability: bool) -> Traits:
+        of_sides = [
+            traits_of(side, [self._blueprints[layer] for layer in side.layers], stability=stability)
+            for side in self._sides
+        ]
+        return Traits(*map(self._sides.gather, zip(*of_sides, strict=True)))
 
     def _follow_layers(self) -> None:
         """To the device where they are now."""
@@ -429,7 +440,7 @@ class GrowthController:
         device = self._layout.device
         return torch.cat([torch.full((size,), i, device=device) for i, size in enumerate(self._layout.sizes)])
 
-    def _decide(self, seeds: Seeds, ranks: Ranks) -> Tensor:
+    def _decide(self, seeds: Observation, ranks: Ranks) -> Tensor:
         """Ask the policy, request what it wants, log what came of it: int32 ``[T]``, the states entered, else -1."""
         wanted = self.policy(seeds)
         if not isinstance(wanted, Tensor) or wanted.shape != seeds.lifecycle.shape or not _of_integers(wanted):
@@ -437,36 +448,30 @@ class GrowthController:
         # What fits into no int32 is no state either; it must not wrap to one.
         wanted = wanted.long().clamp(INT32_MIN, INT32_MAX).to(seeds.lifecycle.dtype)
         wanted = ranks.broadcast(self._within_budget(seeds, wanted))
-        verdicts = []
-        for layer, targets in zip(self.layers, self._layout.split(wanted), strict=True):
-            every = torch.arange(layer.num_seeds, dtype=torch.int32, device=layer.device)
-            ids = torch.where(targets == STAY, NO_ID, every)
-            verdicts.append(layer.request_state_transitions(ids, targets, rules=self.rules))
-        applied = (self._layout.join(verdicts) == Verdict.APPLIED) & (wanted != seeds.lifecycle)
+        sides = list(self._sides)
+        requested = [
+            side.request(targets, self.rules) for side, targets in zip(sides, self._sides.spread(wanted), strict=True)
+        ]
+        verdicts = self._sides.gather([each.verdicts for each in requested])
+        applied = (verdicts == Verdict.APPLIED) & (wanted != seeds.lifecycle)
         entered = torch.where(applied, wanted, STAY)
         self._lives += entered == _S.GERMINATED
-        self._follow_up(seeds, entered)
+        resets = begins_or_ends(entered)
+        broken = resets & (entered > _S.FOSSILIZED) & (seeds.nonfinite > 0)
+        for side, *of_side in zip(sides, requested, *map(self._sides.spread, (resets, broken)), strict=True):
+            side.follow(*of_side, self.optimizer)
         if ranks.rank == 0:
             self._record(seeds, entered, applied)
         return entered
 
-    def _within_budget(self, seeds: Seeds, wanted: Tensor) -> Tensor:
+    def _within_budget(self, seeds: Observation, wanted: Tensor) -> Tensor:
         """Whatever the policy: no germination for which there is no room."""
         begins = ~seeds.alive & (wanted >= _S.GERMINATED) & (wanted <= _S.FOSSILIZED)
         # Those whose potential is not known come last, in the order of the seeds.
         known = torch.where(seeds.potential > 0, seeds.potential, torch.finfo(torch.float64).tiny)
         return torch.where(begins & ~seeds.best(begins, known, seeds.room), STAY, wanted)
 
-    def _follow_up(self, seeds: Seeds, entered: Tensor) -> None:
-        resets = begins_or_ends(entered)
-        ends = resets & (entered > _S.FOSSILIZED)
-        masks = (resets, ends & (seeds.nonfinite > 0))
-        for layer, ended, broken in zip(self.layers, *(self._layout.split(mask) for mask in masks), strict=True):
-            if self.optimizer is not None:
-                layer.reset_optimizer_state(self.optimizer, ended)
-            layer._make_neutral(broken)
-
-    def _record(self, seeds: Seeds, entered: Tensor, applied: Tensor) -> None:
+    def _record(self, seeds: Observation, entered: Tensor, applied: Tensor) -> None:
         if not self._log.wanted:
             return
         columns = {

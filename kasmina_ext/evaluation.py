@@ -14,7 +14,7 @@ from kasmina_ext.credit import Credit, grafted, measured_credit
 from kasmina_ext.culling import find_at_fault, find_expendable
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.measure import Layers, LossFunction, Measurement
-from kasmina_ext.policy import Measured, Seeds
+from kasmina_ext.policy import Measured, Observation
 from kasmina_ext.ranks import Ranks
 
 _S = ExtendedLifecycle
@@ -71,7 +71,7 @@ class Findings:
 
 
 def judge(
-    roots: Layers, batches: Iterable[Any], loss_fn: LossFunction, seeds: Seeds, ranks: Ranks | None = None
+    roots: Layers, batches: Iterable[Any], loss_fn: LossFunction, seeds: Observation, ranks: Ranks | None = None
 ) -> Findings:
     """Losses with and without the seeds, their credit, and which of them are expendable.
 
@@ -145,7 +145,7 @@ def share_removed(loss: float, without: float) -> float:
     return removed * math.inf if removed else 0.0
 
 
-def _nothing(seeds: Seeds) -> Measured:
+def _nothing(seeds: Observation) -> Measured:
     unknown = _unknown(seeds)
     return Measured(
         cost=unknown,
@@ -159,5 +159,5 @@ def _nothing(seeds: Seeds) -> Measured:
     )
 
 
-def _unknown(seeds: Seeds) -> Tensor:
+def _unknown(seeds: Observation) -> Tensor:
     return torch.full_like(seeds.potential, torch.nan)

@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from kasmina_ext.activations import matches
 from kasmina_ext.arguments import positive
 from kasmina_ext.folding.plan import Graph
 from kasmina_ext.graftable import Site, num_features, seeds_for, sites_in
 from kasmina_ext.grafting import GraftingStrategy
 from kasmina_ext.handle import SeedHandle, model_of
 from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.names import matches
 from kasmina_ext.seeds import Seeds
 
 Which = str | Callable[[str, nn.Module], object] | type[nn.Module] | nn.Module | Iterable
@@ -88,7 +88,9 @@ def graft_(
         freeze: whether all other parameters of the model stop to require a gradient, and lose the
             one they have, so that no optimizer moves them. :func:`ungraft_` brings back which did
             before there were layers; :func:`kasmina_ext.fold_` leaves them frozen.
-        exclude: modules that are left out, written as ``which``.
+        exclude: modules that are left out, written as ``which``. A pattern that finds nothing here, or a module,
+            is an error as well: it would go unnoticed that what it was to keep out has seeds. Classes and
+            functions may find nothing.
         table: whether to print :meth:`Seeds.table`.
         settings: more arguments for every layer: ``alpha_schedule``, ``ramp_epochs``, ... The bank has
             as many rows as the strategy takes if ``num_blueprints`` does not say otherwise.
@@ -227,6 +229,8 @@ class _Wanted(NamedTuple):
     is_named: Callable[[Site], bool]
     """Whether it means this very module."""
     pattern: str = ""
+    is_particular: bool = True
+    """A pattern or a module, which is a mistake where it finds nothing; a class or a predicate may suit many models."""
 
 
 def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site], dict[str, str]]:
@@ -239,7 +243,7 @@ def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site]
     for entry in wanted:
         found = [site for site in sites if entry.finds(site)]
         if not found:
-            raise ValueError(_nothing_found(entry, sites))
+            raise ValueError(_nothing_found(entry, sites, ""))
         for site in found:
             if any(other.finds(site) for other in unwanted):
                 continue
@@ -251,6 +255,9 @@ def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site]
                 skipped[site.name] = site.refused
             else:
                 chosen[site] = None
+    for entry in unwanted:
+        if entry.is_particular and not any(entry.finds(site) for site in sites):
+            raise ValueError(_nothing_found(entry, sites, "exclude: "))
     if not chosen:
         reasons = [f"{name or '(model)'}: {reason}" for name, reason in skipped.items()]
         reasons = reasons or ["everything found is excluded"]
@@ -279,10 +286,15 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
                 raise TypeError(f"{what} must be a flat list, it has a {type(entry).__name__} in it")
             yield from _wanted(entry, what)
     elif isinstance(which, type) and issubclass(which, nn.Module):
-        yield _Wanted(which.__name__, lambda site: isinstance(site.plain, which), lambda site: False)
+        yield _Wanted(
+            which.__name__, lambda site: isinstance(site.plain, which), lambda site: False, is_particular=False
+        )
     elif callable(which) and not isinstance(which, type):
         yield _Wanted(
-            "the predicate", lambda site: any(which(name, site.plain) for name in site.names), lambda site: False
+            "the predicate",
+            lambda site: any(which(name, site.plain) for name in site.names),
+            lambda site: False,
+            is_particular=False,
         )
     else:
         raise TypeError(
@@ -290,10 +302,10 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
         )
 
 
-def _nothing_found(entry: _Wanted, sites: list[Site]) -> str:
+def _nothing_found(entry: _Wanted, sites: list[Site], where: str) -> str:
     if not sites:
         return (
-            f"{entry.text} finds nothing: there is no module in the model that can have seeds by itself; "
+            f"{where}{entry.text} finds nothing: there is no module in the model that can have seeds by itself; "
             "KasminaLayer(module, hidden_dim=...) wraps others by hand"
         )
     groups: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -305,7 +317,7 @@ def _nothing_found(entry: _Wanted, sites: list[Site]) -> str:
         for name, kinds in groups.items()
     ]
     hint = _near(entry.pattern, sites) if entry.pattern else ""
-    return f"{entry.text} finds none of the modules that can have seeds{hint}, which are:\n  " + _lines(known)
+    return f"{where}{entry.text} finds none of the modules that can have seeds{hint}, which are:\n  " + _lines(known)
 
 
 def _near(pattern: str, sites: list[Site]) -> str:

@@ -16,10 +16,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import ParametrizationList
 
-from kasmina_ext.activations import original_name
 from kasmina_ext.chunking import output_features
 from kasmina_ext.folding.targets import own_tensor
 from kasmina_ext.layer import KasminaLayer
+from kasmina_ext.names import original_name
 from kasmina_ext.placement import is_sharded
 from kasmina_ext.wrapper import CallsOnly
 

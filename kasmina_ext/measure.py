@@ -16,6 +16,7 @@ from kasmina_ext.compat import TritonKasminaLayer
 from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext.names import unwrapped_name
 from kasmina_ext.ranks import Ranks
 from kasmina_ext.state_layout import StateVar
 
@@ -53,15 +54,10 @@ def seed_layers(layers: Layers) -> dict[str, KasminaLayer]:
     for prefix, root in roots_of(layers).items():
         for name, module in root.named_modules(memo=seen):
             if isinstance(module, KasminaLayer):
-                found[".".join(part for part in (prefix, _plain(name)) if part)] = module
+                found[".".join(part for part in (prefix, unwrapped_name(name)) if part)] = module
     if not found:
         raise ValueError("there is no KasminaLayer in what was given: graft_ gives a model seeds")
     return found
-
-
-def _plain(name: str) -> str:
-    """Without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 class Layout:

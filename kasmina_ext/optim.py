@@ -18,7 +18,7 @@ from kasmina_ext.handle import SeedHandle
 from kasmina_ext.lifecycle import begins_or_ends
 from kasmina_ext.placement import write
 from kasmina_ext.seed_arguments import SeedIds
-from kasmina_ext.state_layout import HISTORY_LENGTH
+from kasmina_ext.state_layout import HISTORY_LENGTH, StateVar
 
 if TYPE_CHECKING:
     from kasmina_ext.layer import KasminaLayer
@@ -122,6 +122,7 @@ def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
     if torch.compiler.is_compiling():
         return
     trained = sum([len(group["params"]) for group in optimizer.param_groups])
+    due: dict[KasminaLayer, Tensor] = {}
     for reference in _looked_after.keyrefs():  # a copy: another thread may make a layer meanwhile
         layer = reference()
         if layer is None:
@@ -144,11 +145,25 @@ def settle(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
             continue
         count = layer._buffers["history_count"]
         since = last.history_count if known and last.history_count is not None else loaded
-        since = count if since is None else since.to(count.device, non_blocking=True)
         layer.check_own_bank()
-        layer.reset_optimizer_state(optimizer, _begun_or_ended(layer, since))
-        layer.forget_gradient(begins_or_ends(layer.lifecycle_states))
-        seen[optimizer] = _Seen(id(bank), trained, loaded, ref(state), _version(state), count.clone())
+        due[layer] = count if since is None else since.to(count.device, non_blocking=True)
+    if due:
+        _forget_what_ended(optimizer, due, trained)
+
+
+def _forget_what_ended(optimizer: Optimizer, due: dict[KasminaLayer, Tensor], trained: int) -> None:
+    """Of these layers, each with its ``since`` of :func:`_begun_or_ended`."""
+    from kasmina_ext.side_by_side import Sides  # not above: it imports the layer, which imports this module
+
+    for side in Sides(list(due)):
+        state, count = side.buffer("state"), side.buffer("history_count")
+        lifecycle, since = state[StateVar.LIFECYCLE_STATE], side.join([due[layer] for layer in side.layers])
+        begun_or_ended = _begun_or_ended(lifecycle, side.buffer("history"), count, since)
+        side.forget(state, begins_or_ends(lifecycle), begun_or_ended, optimizer)
+        for layer, of_layer in zip(side.layers, count.split(side.sizes), strict=True):
+            own = layer._buffers["state"]
+            seen = _Seen(id(layer.own_bank), trained, layer._loaded_history_count, ref(own), _version(own), of_layer)
+            _looked_after[layer][optimizer] = seen
 
 
 def forget(layer: KasminaLayer) -> None:
@@ -175,15 +190,14 @@ def _trains(optimizer: Optimizer, layer: KasminaLayer) -> bool:
     return any(parameter is bank for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _begun_or_ended(layer: KasminaLayer, since: Tensor) -> Tensor:
+def _begun_or_ended(lifecycle: Tensor, history: Tensor, count: Tensor, since: Tensor) -> Tensor:
     """bool ``[S]``: seeds in a state in which a blueprint begins or ends, or that entered one after their ``since``-th
     transition.
 
     Those that still are have no gradient there, so their moments may be zeroed again.
     """
-    count = layer._buffers["history_count"]
     slot = torch.arange(HISTORY_LENGTH, device=count.device)
     age = (count[:, None] - 1 - slot) % HISTORY_LENGTH  # 0 is the newest transition
-    entered = torch.where(age < (count - since)[:, None], layer._buffers["history"][:, :, 1], -1)
-    states = torch.cat((entered, layer.lifecycle_states[:, None]), 1)
+    entered = torch.where(age < (count - since)[:, None], history[:, :, 1], -1)
+    states = torch.cat((entered, lifecycle[:, None]), 1)
     return begins_or_ends(states).any(1)

@@ -160,7 +160,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Seeds:
+class Observation:
     """All seeds of all layers, one after the other, as a policy sees them: tensors ``[T]`` on one device.
 
     To be read only: the log and the budget go by them, too. In a tick nothing should wait for the
@@ -254,22 +254,22 @@ class Seeds:
         return 1 - torch.rand(shape, dtype=torch.float64, generator=self._random, device=device)
 
 
-Policy = Callable[[Seeds], Tensor]
+Policy = Callable[[Observation], Tensor]
 """Integers ``[T]``: the state that each seed is to go to, :data:`STAY` where it stays. Requests that the rules refuse, and
 germinations beyond the budget, come to nothing."""
-Score = Callable[[Seeds], Tensor]
+Score = Callable[[Observation], Tensor]
 """float64 ``[T]``: seeds germinate in the order of it, the highest first; not at all where it is not above 0."""
 
 
 # ---- the default policy ----------------------------------------------------------------------------------------------
 
 
-def by_potential(seeds: Seeds) -> Tensor:
+def by_potential(seeds: Observation) -> Tensor:
     """What a neutral blueprint would receive of the gradient: see :func:`kasmina_ext.telemetry.potential`."""
     return seeds.potential
 
 
-def default_policy(seeds: Seeds, score: Score = by_potential) -> Tensor:
+def default_policy(seeds: Observation, score: Score = by_potential) -> Tensor:
     """The life of a seed; each transition also takes the least epochs that the rules ask for.
 
     ==============================  ==================================================================================
@@ -343,7 +343,7 @@ def default_policy(seeds: Seeds, score: Score = by_potential) -> Tensor:
     return wanted
 
 
-def youngest(seeds: Seeds, among: Tensor, due: int) -> Tensor:
+def youngest(seeds: Observation, among: Tensor, due: int) -> Tensor:
     """bool: of the seeds ``among [T]`` as many as it takes to free ``due`` of the budget, the youngest first.
 
     GERMINATED before TRAINING, then the fewest ticks in the state, then the least potential. Where
@@ -372,7 +372,7 @@ def youngest(seeds: Seeds, among: Tensor, due: int) -> Tensor:
 NUMBERS = (
     "epochs", "alpha", "potential", "reconstruction", "stability", "nonfinite", "lives", "errors", "room", "loss",
 )  # fmt: skip
-"""What the log may say of a transition: fields of :class:`Seeds`."""
+"""What the log may say of a transition: fields of :class:`Observation`."""
 MEASURED_NUMBERS = ("cost", "error", "group_cost", "group_error", "credit", "error_rate")
 """And, in an evaluation, of :class:`Measured`."""
 _JUDGED = {"cost", "error", "z", "stability", "credit"}

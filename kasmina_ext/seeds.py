@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kasmina_ext.activations import matches, original_name
 from kasmina_ext.credit import Credit, credit
 from kasmina_ext.handle import SeedHandle
 from kasmina_ext.layer import KasminaLayer
 from kasmina_ext.measure import Layers, Layout, LossFunction, roots_of, seed_layers
+from kasmina_ext.names import matches, original_name
 from kasmina_ext.plots import plot
 from kasmina_ext.report import TableReport, counted
 from kasmina_ext.seed_arguments import integers, is_single
@@ -37,7 +37,7 @@ class Seeds(SeedHandle):
         seeds[10:20].graft()
         seeds["*.mlp.c_fc"].germinate("multiplicative")
         seeds[seeds.potential() > 0.1].germinate()
-        seeds.report()
+        seeds.report().show()
 
     ``len(seeds)`` is T, iteration goes over the layers, ``seeds[...]`` is a
     :class:`~kasmina_ext.selection.Selection`. A handle keeps nothing but the model: it goes by the
@@ -101,15 +101,14 @@ class Seeds(SeedHandle):
         return graft_table(self.layers, self.roots, self.skipped)
 
     def report(self, per: str = "layer") -> TableReport:
-        """Print what every layer's seeds are and have seen, and return the rows, a dict. Waits for the device.
+        """What every layer's seeds are and have seen: a dict of rows, which at a prompt or printed is a table, and whose
+        ``.show()`` prints that with rich on a terminal. Waits for the device.
 
         ``per="seed"``: a row for each seed, by its number, those at work before dormant ones where
         the table cannot show all; ``per="state"``: for each state. What was not measured is NaN, and
         a layer that has seen nothing while others have is noted: the model never calls it.
         """
-        found = report(self.layers, per)
-        found.show()
-        return found
+        return report(self.layers, per)
 
     def credit(
         self,

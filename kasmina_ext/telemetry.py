@@ -69,12 +69,15 @@ def potential(layer: KasminaLayer | SeedHandle, since: Tensor | None = None) -> 
         if since is not None:
             raise TypeError("since is of one layer: ask for the potential of each")
         return layer.potential()
-    seen = layer._buffers["grad_telemetry"]
+    return potential_of(layer._buffers["state"][StateVar.GRAFTING_STRATEGY], layer._buffers["grad_telemetry"], since)
+
+
+def potential_of(strategy: Tensor, seen: Tensor, since: Tensor | None = None) -> Tensor:
+    """:func:`potential` of seeds with these strategies ``[S]`` that have seen these gradients ``[S, 3]``."""
     if since is not None:
         backwards = GradTelemetryColumn.BACKWARDS
         seen = torch.where((seen[:, backwards] >= since[:, backwards])[:, None], seen - since, seen)
     sum_u2, sum_v2, backwards = seen.unbind(1)
-    strategy = layer._buffers["state"][StateVar.GRAFTING_STRATEGY]
     # Plain numbers: a tensor compared with a member of an enumeration is False to the compiler.
     multiplicative, affine = int(GraftingStrategy.MULTIPLICATIVE), int(GraftingStrategy.AFFINE)
     multiplies = (strategy == multiplicative) | (strategy == affine)

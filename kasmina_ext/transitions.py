@@ -199,24 +199,10 @@ class SeedTransitions:
         """Columns of the requests, and the mask that says which of them count; all int32 ``[U]``."""
         state = self._buffers["state"]
         seed = ids.clamp(0, self.num_seeds - 1).long()  # of an id that does not exist, any: it is refused
-        current = state[StateVar.BLUEPRINT_ID][seed]
-        if blueprints is None:
-            sets_blueprint = (to == _GERMINATED) & (current < 0)
-            blueprint = torch.where(sets_blueprint, 0, current)
-        else:
-            sets_blueprint = torch.ones_like(ids, dtype=torch.bool)
-            blueprint = batch_values(blueprints, "blueprints", None, like=ids)
-        if strategies is None:
-            sets_strategy = torch.zeros_like(ids, dtype=torch.bool)
-            strategy = state[StateVar.GRAFTING_STRATEGY][seed]
-        else:
-            sets_strategy = torch.ones_like(ids, dtype=torch.bool)
-            strategy = batch_values(strategies, "strategies", strategy_number, like=ids)
-        # A pair of rows of which one would lie outside: asked for as what is outside altogether.
-        half = (sets_blueprint | sets_strategy) & (strategy == _AFFINE) & (blueprint == self.num_blueprints - 1)
-        blueprint = torch.where(half, self.num_blueprints, blueprint)
-        mask = _SETS_LIFECYCLE + _SETS_BLUEPRINT * (sets_blueprint | half).int() + _SETS_STRATEGY * sets_strategy.int()
-        return blueprint, strategy, mask
+        blueprints = None if blueprints is None else batch_values(blueprints, "blueprints", None, like=ids)
+        strategies = None if strategies is None else batch_values(strategies, "strategies", strategy_number, like=ids)
+        now = state[StateVar.BLUEPRINT_ID][seed], state[StateVar.GRAFTING_STRATEGY][seed]
+        return columns_of(to, *now, self.num_blueprints, blueprints, strategies)
 
     def _update(
         self, ids: Tensor, values: Tensor, mask: Tensor, rules: TransitionRules | Tensor, neutral: bool
@@ -256,14 +242,18 @@ class SeedTransitions:
         :meth:`_entered` gives.
         """
         entered = self._entered(before)
-        if self.alpha_schedule is not AlphaSchedule.NONE:
-            alpha = self._buffers["alpha"]
-            with torch.no_grad():
-                alpha.masked_fill_(entered == _GRAFTING, 0.0)
-                alpha.masked_fill_(entered == _STABILIZATION, 1.0)
+        self._begin_or_end_ramp(entered == _GRAFTING, entered == _STABILIZATION)
         if not torch.compiler.is_compiling() and self.gathers_gradient:
             self.forget_gradient(begins_or_ends(entered))
         return entered
+
+    def _begin_or_end_ramp(self, begins: Tensor, ends: Tensor) -> None:
+        """Under an alpha schedule, alpha 0 where ``begins [S]``, and 1 where ``ends [S]``."""
+        if self.alpha_schedule is not AlphaSchedule.NONE:
+            alpha = self._buffers["alpha"]
+            with torch.no_grad():
+                alpha.masked_fill_(begins, 0.0)
+                alpha.masked_fill_(ends, 1.0)
 
     # ---- directly --------------------------------------------------------------------------------
 
@@ -313,3 +303,33 @@ class SeedTransitions:
                     f"AFFINE takes the rows p and p + 1 of the bank, so the blueprint must be below {last}, got {last}"
                 )
         return ids, values
+
+
+def columns_of(
+    to: Tensor,
+    current: Tensor,
+    current_strategy: Tensor,
+    num_blueprints: int,
+    blueprints: Tensor | None = None,
+    strategies: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blueprints and strategies of requests for states ``to``, and the mask that says which columns count; all int32
+    ``[U]``, as are what the seeds have now and what is asked for. None leaves it, but for germination without a blueprint.
+    """
+    if blueprints is None:
+        sets_blueprint = (to == _GERMINATED) & (current < 0)
+        blueprint = torch.where(sets_blueprint, 0, current)
+    else:
+        sets_blueprint = torch.ones_like(to, dtype=torch.bool)
+        blueprint = blueprints
+    if strategies is None:
+        sets_strategy = torch.zeros_like(to, dtype=torch.bool)
+        strategy = current_strategy
+    else:
+        sets_strategy = torch.ones_like(to, dtype=torch.bool)
+        strategy = strategies
+    # A pair of rows of which one would lie outside: asked for as what is outside altogether.
+    half = (sets_blueprint | sets_strategy) & (strategy == _AFFINE) & (blueprint == num_blueprints - 1)
+    blueprint = torch.where(half, num_blueprints, blueprint)
+    mask = _SETS_LIFECYCLE + _SETS_BLUEPRINT * (sets_blueprint | half).int() + _SETS_STRATEGY * sets_strategy.int()
+    return blueprint, strategy, mask

@@ -194,8 +194,8 @@ def change_sealed(path: Path, original: dict[str, bytes], generator: random.Rand
         seal_text(path, json.dumps(metadata, separators=(",", ":")).encode())
 
 
-def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
-    """Replace, remove, add, swap or rename something in a random place of the tree."""
+def places_in(tree: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Everything in nested dicts and lists, as what it is in and its key there."""
     places: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
@@ -204,7 +204,13 @@ def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
             if isinstance(value[key], (dict, list)):
                 walk(value[key])
 
-    walk(metadata)
+    walk(tree)
+    return places
+
+
+def change_value(metadata: dict[str, Any], generator: random.Random) -> None:
+    """Replace, remove, add, swap or rename something in a random place of the tree."""
+    places = places_in(metadata)
     parent, key = generator.choice(places)
     action = generator.randrange(5)
     if action == 0:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from checkpoint_cases import read_plainly, same
-from checkpoint_fuzz import FILES, Fuzzer, change_sealed, odd_value
+from checkpoint_fuzz import FILES, Fuzzer, change_sealed, odd_value, places_in
 from torch import Tensor, nn
 
 from kasmina_ext import CheckpointError, GrowthController, KasminaLayer
@@ -249,15 +249,7 @@ def plain(value: Any) -> Any:
 
 def change_content(content: dict[str, Any], generator: random.Random) -> None:
     """One change, in place: of a tensor, or of a value, a name or an entry anywhere in the tree."""
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in list(value) if isinstance(value, dict) else range(len(value)):
-            places.append((value, key))
-            if isinstance(value[key], (dict, list)):
-                walk(value[key])
-
-    walk(content)
+    places = places_in(content)
     tensors = [(parent, key) for parent, key in places if isinstance(parent[key], Tensor)]
     if generator.randrange(3) and tensors:
         of_seeds = [(parent, key) for parent, key in tensors if parent is content.get("layer")]

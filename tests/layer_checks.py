@@ -1,4 +1,7 @@
-"""A layer against the table of strategies, written with autograd's own operations: outputs, all gradients, telemetry."""
+"""What tests of layers share: one to ask things of, whether anything of it changed, and the truth about one.
+
+The truth is the table of strategies, written with autograd's own operations: outputs, all gradients, telemetry.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kasmina_ext import KasminaLayer
+from kasmina_ext import KasminaLayer, TritonChunkedKasminaLayer
 
+LIFE = ["germinated", "training", "grafting", "stabilization", "evaluating", "fine_tuning", "fossilized"]
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}  # float64 in another order; dalpha is not asked for
+
+
+def four_seeds(device: torch.device | str) -> TritonChunkedKasminaLayer:
+    """Of 5 features each, all dormant."""
+    return TritonChunkedKasminaLayer(nn.Linear(5, 20, device=device), 4)
+
+
+def everything(layer: KasminaLayer) -> dict[str, Tensor]:
+    """A copy of all that is saved of a layer."""
+    return {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
+
+
+def assert_unchanged(layer: KasminaLayer, before: dict[str, Tensor]) -> None:
+    """Since :func:`everything` was taken."""
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def scatter(layer: KasminaLayer, seed: int = 0) -> KasminaLayer:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,17 +21,6 @@ def needs(*packages: str) -> None:
     """They are in requirements-dev.txt: only where nothing can be installed do they lack."""
     for name in packages:
         pytest.importorskip(name, reason=f"{name} is not installed")
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For many tiny steps: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Size(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from folding import ROUNDOFF, as_double, bits, effect, same
+from layer_checks import everything
 from torch import nn
 
 from kasmina_ext import ExtendedLifecycle, param_groups
@@ -33,10 +34,6 @@ def living(base=None, strategies=(3, 3, 1, 0, 2, 2), states=LIVING, seed=0, **ar
     layer.performance_metrics.copy_(torch.rand(6, 4, generator=generator) + 1)
     layer.telemetry_enabled = False
     return layer
-
-
-def everything(layer):
-    return {name: tensor.detach().clone() for name, tensor in layer.state_dict().items()}
 
 
 def fossil_features(layer, seeds):

@@ -7,19 +7,8 @@ import copy
 import demo_task as task
 import numpy as np
 import pytest
-import torch
 
 import kasmina_ext as kx
-
-
-@pytest.fixture
-def one_thread():
-    """Small networks train faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # What is left of the accuracy at most, and what comes back at least, over three networks.
 BOUNDS = {"prune": (65, 70), "drift": (70, 88)}

@@ -21,14 +21,7 @@ from checkpoint_crashes import KEEP, Campaign, content_of, is_right
 
 from kasmina_ext.checkpoint import CheckpointManager, CheckpointRecovery, CheckpointSaveError, files
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked process must not wait for this one's threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # a forked process must not wait for this one's threads
 
 
 class DyingSystem(FailingSystem):

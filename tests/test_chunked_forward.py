@@ -7,6 +7,7 @@ import checks
 import pytest
 import torch
 from cases import Case, build
+from threads import keep_threads
 
 NOTHING = torch.empty(0, dtype=torch.float64)
 
@@ -176,8 +177,8 @@ def test_two_runs_have_the_same_bits(backend, device, dtype):
 def test_number_of_threads_changes_no_bit():
     """CPU partials are cut by shape and dtype alone."""
     inputs = build(Case((3000, 200), 30, dtype=torch.bfloat16, values="special", telemetry="fresh"))
-    results, threads = [], torch.get_num_threads()
-    try:
+    results = []
+    with keep_threads():
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             telemetry, grad_telemetry = inputs.telemetry.clone(), inputs.grad_telemetry.clone()
@@ -186,8 +187,6 @@ def test_number_of_threads_changes_no_bit():
                 inputs.grad_y, inputs.x, *inputs.seeds, grad_telemetry, True, True, True
             )
             results.append((y, telemetry, grad_telemetry, *grads))
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(checks.same_bits(*pair) for pair in zip(results[0], other, strict=True))
 

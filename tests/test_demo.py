@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from threads import one_thread
 
 from kasmina_ext import ExtendedLifecycle as State
 from kasmina_ext import GrowthConfig
@@ -30,15 +31,13 @@ def ignore(steps: int) -> None:
 @pytest.fixture(scope="module")
 def demo():
     """The demo's modules; one thread, as the demo itself runs on, whatever the machine has."""
-    threads = torch.get_num_threads()
     sys.path.insert(0, str(SCRIPTS))
     names = ("demo", "demo_task", "demo_grow", "demo_journal", "demo_report")
     try:
         modules = {name.removeprefix("demo_"): importlib.import_module(name) for name in names}
-        torch.set_num_threads(1)
-        yield SimpleNamespace(**modules)
+        with one_thread():
+            yield SimpleNamespace(**modules)
     finally:
-        torch.set_num_threads(threads)
         sys.path.remove(str(SCRIPTS))
 
 

@@ -263,7 +263,7 @@ def test_those_that_wait_stay_where_enough_are_culled_anyway():
 def test_no_seed_goes_that_is_not_needed_whatever_the_prices():
     generator = torch.Generator().manual_seed(3)
     run = Run()
-    seeds = run.control._seeds(Ranks(False), germinates=False)
+    seeds = run.control._seeds(Ranks(False), germinates=False, stability=True)
     for _ in range(300):
         price = torch.randint(0, 9, (7,), generator=generator)
         among = torch.rand(7, generator=generator) < 0.7

@@ -63,6 +63,28 @@ def test_left_out():
         graft_(Model(), "norm", exclude="last_norm")
 
 
+def test_what_is_to_be_left_out_must_be_there():
+    """Else what a slip of the pen was to keep out would have seeds."""
+    for exclude, message in (
+        ("heads", r"^exclude: 'heads' finds none of the modules that can have seeds, which are:\n  embed "),
+        (
+            ["norm", "blocks.0"],
+            r"^exclude: 'blocks.0' finds .* \('blocks.0.\*' finds what is inside of it\), which are",
+        ),
+        ("lm.head", r"^exclude: 'lm.head' finds none"),
+        (nn.Linear(2, 2), "^exclude: the Linear given finds none"),
+    ):
+        model = Model()
+        with pytest.raises(ValueError, match=message):
+            graft_(model, "*", exclude=exclude)
+        assert not any(isinstance(module, KasminaLayer) for module in model.modules()) and all(flags(model).values())
+    for exclude in ((), nn.Conv2d, lambda name, module: False, [nn.Conv2d, "head"]):  # which suit many models
+        assert list(graft_(Model(), "norm", exclude=exclude, table=False).layers) == ["norm"]
+    model = Model()
+    graft_(model, "head", table=False)
+    assert list(graft_(model, "*", exclude=["head", "blocks.*"], table=False).layers) == ["embed", "norm", "head"]
+
+
 def test_nothing_found_says_what_there_is():
     model = Model()
     for which in ("*.attention.*", ["head", "*.attention.*"]):

@@ -48,6 +48,35 @@ def test_a_policy_of_ones_own():
     assert {"epochs", "potential", "lives", "errors", "loss"} <= run.events[0].keys()
 
 
+def test_stability_is_there_for_whoever_may_ask_for_it():
+    """The default policy itself does not, but in evaluations: without it ticks decide and log alike."""
+    seen, banks = [], []
+
+    def watching(seeds):
+        if seeds.measured is None:
+            seen.append(seeds.stability.clone())
+            banks.append(run.model.first.blueprint_weights[0].detach().clone())
+        return default_policy(seeds)
+
+    for policy in (functools.partial(default_policy), watching):
+        run, plain = Run(policy=policy, stability=0.3), Run(stability=0.3)
+        for one in (run, plain):
+            one.step(12)
+        results = run.evaluate(), plain.evaluate()
+        assert results[0].loss == results[1].loss and run.states() == plain.states() and max(run.states()) > 5
+        moves = [[(e["tick"], e["layer"], e["seed"], e["to"]) for e in one.events] for one in (run, plain)]
+        assert moves[0] == moves[1]
+        # A partial is the default policy to the log, with all the numbers that decide.
+        assert policy is watching or repr(run.events) == repr(plain.events)
+    assert len(seen) == 12 and torch.stack(seen[:3]).isnan().all() and not torch.stack(seen[3:]).isnan().any()
+    assert 0 < seen[-1].min() < seen[-1].max() < 1
+    for tick in range(4, 13):  # copies of the bank are taken in every second one
+        now, then = banks[tick - 1], banks[tick // 2 * 2 - 3]
+        shares = [(n - t).norm() / (n - 1).norm() for n, t in zip(now.view(4, 4), then.view(4, 4), strict=True)]
+        expected = (1 - torch.stack(shares).double().nan_to_num()).clamp(min=0)  # 0 / 0: a neutral one that stays so
+        torch.testing.assert_close(seen[tick - 1][:4], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_no_policy_exceeds_the_budget():
     def everybody(seeds):
         return torch.where(seeds.lifecycle == 0, 1, STAY)

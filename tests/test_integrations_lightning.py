@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from growing import FAST, Run, equal
-from models import needs, one_thread
+from models import needs
+from threads import one_thread
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

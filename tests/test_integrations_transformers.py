@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from growing import FAST, Classifier, Run, equal
-from models import Size, gpt2, needs, one_thread, sentences
+from models import Size, gpt2, needs, sentences
+from threads import one_thread
 from torch import Tensor, nn
 from torch.nn import functional as F
 

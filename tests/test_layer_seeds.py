@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layer_checks import LIFE, assert_unchanged, everything, four_seeds
 from torch import nn
 
 from kasmina_ext import telemetry
 from kasmina_ext.layer import KasminaLayer, TritonChunkedKasminaLayer
 from kasmina_ext.lifecycle import ExtendedLifecycle, LifecycleManager
 
-LIFE = ["germinated", "training", "grafting", "stabilization", "evaluating", "fine_tuning", "fossilized"]
-
-
-def everything(layer):
-    return {name: t.detach().clone() for name, t in layer.state_dict().items()}
-
-
-def assert_unchanged(layer, before):
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
 
 @pytest.fixture
 def layer(device):
-    return TritonChunkedKasminaLayer(nn.Linear(5, 20, device=device), 4)
+    return four_seeds(device)
 
 
 def test_a_whole_life(layer):

@@ -12,14 +12,7 @@ from torch import nn
 
 import kasmina_ext as kx
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Thousands of tiny steps: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # thousands of tiny steps
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------

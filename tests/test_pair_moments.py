@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import cases
 import checks
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from cases import Case, Inputs, build
 from lifecycle_checks import function
 from oracle import LONG
+from threads import call_in_threads, keep_threads
 
 COUNT, MEAN_X, MEAN_T, M2_X, M2_T, C_XT = range(6)
 UNIT = LONG(2.0**-53)
@@ -298,22 +297,7 @@ def test_threads_lose_nothing(backend):
     """Four Python threads on one accumulator on the CPU."""
     x, t = torch.randn(2, 8, 256, generator=torch.Generator().manual_seed(0))
     call, moments, rounds, workers = function(backend, "pair_moments"), fresh(256), 100, 4
-    start, failures = threading.Barrier(workers), []
-
-    def work():
-        try:
-            start.wait()
-            for _ in range(rounds):
-                call(x, t, moments)
-        except Exception as error:  # else it would end in the thread, unseen
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    call_in_threads(lambda: call(x, t, moments), workers, rounds)
     once = moments_of(backend, x, t)
     assert moments[:, COUNT].eq(8 * rounds * workers).all()
     torch.testing.assert_close(moments[:, 1:3], once[:, 1:3], rtol=1e-12, atol=1e-14)
@@ -344,14 +328,11 @@ def test_the_same_bits_every_time(backend, device, case):
 
 @pytest.mark.parametrize("case", PLACES, ids=str)
 def test_the_same_bits_on_any_number_of_threads(case):
-    inputs, threads = build(case), torch.get_num_threads()
-    found = []
-    try:
+    inputs, found = build(case), []
+    with keep_threads():
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             found.append(moments_of("ops", inputs.x, inputs.grad_y))
-    finally:
-        torch.set_num_threads(threads)
     assert checks.same_bits(found[0], found[1]) and checks.same_bits(found[0], found[2])
 
 

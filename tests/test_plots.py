@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
+from threads import keep_threads
 from torch import nn
 
 from kasmina_ext import KasminaLayer, Seeds, fold_, unfold_
@@ -335,11 +336,8 @@ def test_the_page_that_describes_it(tmp_path, monkeypatch):
 
 def test_the_documented_picture_is_made(tmp_path, capsys):
     script = importlib.import_module("seed_map")
-    threads = torch.get_num_threads()
-    try:
+    with keep_threads():
         assert script.main(["--quick", "--out", str(tmp_path / "new")]) == 0
-    finally:
-        torch.set_num_threads(threads)
     history = SeedHistory.load(tmp_path / "new" / "seeds.safetensors")
     assert history.layers == {"0": 12, "2": 12, "4": 12, "6": 12} and history.steps == list(range(1, 49))
     assert not history.credit.isnan().all() and (history.state == int(State.EVALUATING)).any() and history.change.any()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from threads import one_thread
 from torch import nn
 
 from kasmina_ext import ExtendedLifecycle, KasminaLayer
@@ -24,18 +25,15 @@ TRAINED = {"grow", "calibrate + grow", "last layer", "LoRA of equal size", "full
 @pytest.fixture(scope="module")
 def repair():
     """The benchmark's modules; one thread, as its own processes have, and two rungs of the ladder."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "scripts"))
     names = ("repair", "repair_methods", "repair_digits", "repair_gpt", "repair_report", "char_gpt", "damage")
     try:
         modules = {name.removeprefix("repair_"): importlib.import_module(name) for name in names}
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, one_thread():
             patch.setattr(modules["methods"], "LADDER", (3e-3, 1e-2))
             yield SimpleNamespace(**modules)
     finally:
         sys.path.remove(str(ROOT / "scripts"))
-        torch.set_num_threads(threads)
 
 
 def run(repair, part: str, work: Path, out: Path, *more: str) -> dict:
@@ -144,6 +142,72 @@ def test_what_is_said_of_others(repair):
                for d, by in found.items()}  # fmt: skip
     section = {"summary": repair.report.summary("gpt", as_bits)}
     assert "full fine-tuning is worse everywhere" in repair.report.verdicts("gpt", section)
+
+
+def test_means_say_of_how_many_seeds_they_are(repair):
+    """Mean, standard deviation and n; what cannot differ counts for all seeds, and one seed has no spread."""
+    ours = [{"seed": seed, "bits": bits, "loss_error": 0.01} for seed, bits in enumerate((1.0, 2.0, 6.0))]
+    one = {"seed": 0, "bits": 9.0, "loss_error": 0.01}
+    found = {
+        "a": {"frozen": [one], "calibrate + grow": ours, "IA3": ours[:2]},
+        "b": {"frozen": [one], "calibrate + grow": ours[:1], "IA3": ours[:1]},
+    }
+    section = {"summary": repair.report.summary("gpt", found), "found": found}
+    header, rows = repair.report.table("gpt", section)
+    assert header == ["damage", "n", "frozen", "calibrate + grow", "IA3"]
+    assert rows[0] == ["a", "2–3", "9.000", "3.000 ± 2.646", "1.500 ± 0.707"]
+    assert rows[1] == ["b", "1", "9.000", "1.000", "1.000"]
+    against = section["summary"]["against calibrate + grow"]["frozen"]
+    assert against["a"]["n"] == 3 and against["a"]["mean"] == pytest.approx(-6) and against["b"]["n"] == 1
+
+
+class Time:
+    """Stands still but for what is said to have taken time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("deadline", [100, 250, 330, 400, 480, 600, 10_000])
+def test_rows_are_whole_at_any_deadline(repair, tmp_path, monkeypatch, deadline):
+    """All damages with one random seed, then the next: a row is not begun that might not be ended. (Of the first nothing is known.)"""
+    clock, costs = Time(), dict.fromkeys(repair.gpt.METHODS_TRIED, 4.0) | {"frozen": 0.2, "grow": 6.0}
+
+    def repaired(problem, method, seed, *, start, rate):
+        """Where a rate is sought it takes three attempts, or more or less."""
+        assert (rate is None) == (seed == 0)
+        attempts = 1 if rate else 2 + (len(method) + problem) % 3
+        clock.now += costs[method] * attempts + 0.5
+        return {
+            "bits": 1.0,
+            "parameters": 1,
+            "loss_error": 0.0,
+            "rate": 0.1,
+            "tried": {str(k): 0 for k in range(attempts)},
+        }
+
+    damages = iter(range(1000))
+    monkeypatch.setattr(repair.repair, "time", clock)
+    monkeypatch.setattr(repair.repair, "repaired", repaired)
+    monkeypatch.setattr(repair.gpt, "damaged", lambda *_: next(damages))
+    monkeypatch.setattr(repair.repair, "base_network", lambda *_: None)
+    monkeypatch.setattr(repair.repair, "show", lambda *_: None)
+    monkeypatch.setattr(repair.repair, "summary", lambda *_: {})
+    monkeypatch.setattr(repair.char_gpt, "read_stdlib", lambda *_: repair.char_gpt.Corpus(None, None, None, dict.fromkeys(
+        ("files", "python", "bytes"), 0)))  # fmt: skip
+    record = run(repair, "gpt", tmp_path / "work", tmp_path / "out.json", "--seeds", "3", "--deadline", str(deadline))
+    found = record["gpt"]["found"]
+    done = [(seed, damage) for seed in range(3) for damage in repair.gpt.DAMAGES
+            if any(one["seed"] == seed for ones in found.get(damage, {}).values() for one in ones)]  # fmt: skip
+    rows = [(seed, damage) for seed in range(3) for damage in repair.gpt.DAMAGES]
+    assert done == rows[: len(done)], "in this order"
+    for seed, damage in done:
+        methods = {name for name, ones in found[damage].items() if any(one["seed"] == seed for one in ones)}
+        assert methods == set(repair.repair.methods_for(seed))
+    assert clock.now <= max(deadline, 150) and (len(done) == len(rows)) == (deadline == 10_000)
 
 
 @pytest.mark.parametrize(

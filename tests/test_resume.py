@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from growing import Classifier, Run, equal
+from threads import one_thread
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,10 +22,8 @@ WAYS = ["state_dict", "checkpoints", "background"]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """Tiny tensors: a second thread only waits, the longer the busier the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 def to_file_and_back(*states: dict) -> list[dict]:

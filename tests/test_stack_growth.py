@@ -86,7 +86,7 @@ def decide_alike(rank: Rank, run: RankRun) -> None:
 def test_decisions_are_by_what_all_have_seen(rank: Rank) -> None:
     seen = []
 
-    def watching(seeds: kx.policy.Seeds) -> Tensor:
+    def watching(seeds: kx.policy.Observation) -> Tensor:
         seen.append(seeds)
         return kx.default_policy(seeds)
 
@@ -113,7 +113,7 @@ def test_decisions_are_by_what_all_have_seen(rank: Rank) -> None:
 def test_the_first_rank_has_the_say(rank: Rank) -> None:
     """Whatever a policy goes by."""
 
-    def odd(seeds: kx.policy.Seeds) -> Tensor:
+    def odd(seeds: kx.policy.Observation) -> Tensor:
         wanted = torch.full_like(seeds.lifecycle, -1)
         wanted[rank.index] = STATES.GERMINATED
         return wanted

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from memory import taken
-from models import TASKS, Size, grow_, needs, one_thread
+from models import TASKS, Size, grow_, needs
+from threads import one_thread
 from torch import Tensor, nn
 
 from kasmina_ext import ExtendedLifecycle

@@ -10,7 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
-from models import TASKS, Size, check_lives, gpt2, grow_, live, needs, one_thread, sentences
+from models import TASKS, Size, check_lives, gpt2, grow_, live, needs, sentences
+from pytest import mark, param
+from threads import one_thread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,8 +26,10 @@ BACKENDS = {"cpu": "aot_eager", "cuda": "inductor"}
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch) -> Iterator[None]:
+def _environment(request, monkeypatch) -> Iterator[None]:
     """Trainer and accelerate hand settings to each other in environment variables: none must outlive a test."""
+    for row in request.node.iter_markers("stack"):
+        needs(*row.kwargs["uses"])
     with one_thread(), mock.patch.dict(os.environ):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         yield
@@ -160,50 +164,50 @@ def trained(tmp_path_factory) -> Callable[..., Run]:
 # ---- training ----------------------------------------------------------------------------------------
 
 
-def check_training(trained, kind: str, framework: str, device: torch.device) -> None:
+HUGGING_FACE, LIGHTNING = ("transformers", "accelerate"), ("transformers", "lightning")
+RUNS = [
+    param("GPT-2", "Trainer", marks=mark.stack("models: GPT-2 under transformers.Trainer", uses=HUGGING_FACE)),
+    param("Llama", "Trainer", marks=mark.stack("models: Llama under transformers.Trainer", uses=HUGGING_FACE)),
+    param(
+        "ResNet",
+        "Trainer",
+        marks=mark.stack("models: ResNet-like network under transformers.Trainer", uses=HUGGING_FACE),
+    ),
+    param("GPT-2", "Lightning", marks=mark.stack("models: GPT-2 under Lightning", uses=LIGHTNING)),
+    param("Llama", "Lightning", marks=mark.stack("models: Llama under Lightning", uses=LIGHTNING)),
+    param("ResNet", "Lightning", marks=mark.stack("models: ResNet-like network under Lightning", uses=LIGHTNING[1:])),
+]
+
+
+@pytest.mark.parametrize("kind, framework", RUNS)
+def test_training(trained, device, kind, framework):
     trained(kind, framework, device).check()
 
 
-@pytest.mark.stack("models: GPT-2 under transformers.Trainer", uses=("transformers", "accelerate"))
-def test_gpt2_under_trainer(trained, device):
-    needs("transformers", "accelerate")
-    check_training(trained, "GPT-2", "Trainer", device)
-
-
-@pytest.mark.stack("models: Llama under transformers.Trainer", uses=("transformers", "accelerate"))
-def test_llama_under_trainer(trained, device):
-    needs("transformers", "accelerate")
-    check_training(trained, "Llama", "Trainer", device)
-
-
-@pytest.mark.stack("models: ResNet-like network under transformers.Trainer", uses=("transformers", "accelerate"))
-def test_resnet_under_trainer(trained, device):
-    needs("transformers", "accelerate")
-    check_training(trained, "ResNet", "Trainer", device)
-
-
-@pytest.mark.stack("models: GPT-2 under Lightning", uses=("transformers", "lightning"))
-def test_gpt2_under_lightning(trained, device):
-    needs("transformers", "lightning")
-    check_training(trained, "GPT-2", "Lightning", device)
-
-
-@pytest.mark.stack("models: Llama under Lightning", uses=("transformers", "lightning"))
-def test_llama_under_lightning(trained, device):
-    needs("transformers", "lightning")
-    check_training(trained, "Llama", "Lightning", device)
-
-
-@pytest.mark.stack("models: ResNet-like network under Lightning", uses=("lightning",))
-def test_resnet_under_lightning(trained, device):
-    needs("lightning")
-    check_training(trained, "ResNet", "Lightning", device)
-
-
 WITH = "backend aot_eager on the CPU, inductor on CUDA, there in bfloat16"
+COMPILED = [
+    param(
+        "GPT-2",
+        "Trainer",
+        marks=mark.stack("models: compiled and eager loss curves agree, GPT-2", uses=HUGGING_FACE, note=WITH),
+    ),
+    param(
+        "Llama",
+        "Lightning",
+        marks=mark.stack("models: compiled and eager loss curves agree, Llama", uses=LIGHTNING, note=WITH),
+    ),
+    param(
+        "ResNet",
+        "Lightning",
+        marks=mark.stack(
+            "models: compiled and eager loss curves agree, ResNet-like network", uses=LIGHTNING[1:], note=WITH
+        ),
+    ),
+]
 
 
-def check_curves(trained, kind: str, framework: str, device: torch.device) -> None:
+@pytest.mark.parametrize("kind, framework", COMPILED)
+def test_compiled(trained, device, kind, framework):
     eager, compiled = trained(kind, framework, device), trained(kind, framework, device, compiled=True)
     compiled.check()
     assert compiled.graphs[0] > 0 and set(compiled.graphs) == {compiled.graphs[0]}, "one graph for all states"
@@ -214,26 +218,6 @@ def check_curves(trained, kind: str, framework: str, device: torch.device) -> No
     assert apart[:10].max() < start * scale and apart.mean() < all_along * scale, (apart[:10], apart.mean())
 
 
-@pytest.mark.stack(
-    "models: compiled and eager loss curves agree, GPT-2", uses=("transformers", "accelerate"), note=WITH
-)
-def test_gpt2_compiled(trained, device):
-    needs("transformers", "accelerate")
-    check_curves(trained, "GPT-2", "Trainer", device)
-
-
-@pytest.mark.stack("models: compiled and eager loss curves agree, Llama", uses=("transformers", "lightning"), note=WITH)
-def test_llama_compiled(trained, device):
-    needs("transformers", "lightning")
-    check_curves(trained, "Llama", "Lightning", device)
-
-
-@pytest.mark.stack("models: compiled and eager loss curves agree, ResNet-like network", uses=("lightning",), note=WITH)
-def test_resnet_compiled(trained, device):
-    needs("lightning")
-    check_curves(trained, "ResNet", "Lightning", device)
-
-
 # ---- afterwards --------------------------------------------------------------------------------------
 
 
@@ -241,7 +225,6 @@ def test_resnet_compiled(trained, device):
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama"])
 def test_generation(trained, device, kind):
     """The cache changes no token, and the model says what it was taught."""
-    needs("transformers", "lightning")
     run = trained(kind, "Lightning", device)
     model = run.model.eval()
     lesson = sentences(8, SIZE.length).to(device)
@@ -288,7 +271,6 @@ def grown_gpt2() -> type[nn.Module]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_save_pretrained_and_from_pretrained(device, tmp_path, dtype):
     """Everything comes back with its bits; a model that is loaded in bfloat16 has its bank and buffers unrounded."""
-    needs("transformers")
     kind = grown_gpt2()
     model = kind(gpt2(SIZE).config).to(device)
     layers = [module for module in model.modules() if isinstance(module, KasminaLayer)]
@@ -322,7 +304,6 @@ def test_save_pretrained_and_from_pretrained(device, tmp_path, dtype):
 @pytest.mark.stack("models: save_pretrained and from_pretrained", uses=("transformers", "safetensors"))
 def test_a_wrapped_embedding_with_a_plain_head(device, tmp_path):
     """transformers finds the embedding's weight through the layer: nothing has to be named anew."""
-    needs("transformers")
     from transformers import GPT2LMHeadModel
 
     class Grown(GPT2LMHeadModel):
@@ -372,7 +353,6 @@ def test_wrapping_what_was_loaded(device, tmp_path):
 @pytest.mark.stack("models: GPT-2 under transformers.Trainer", uses=("transformers", "accelerate"))
 def test_resuming_from_a_checkpoint_of_trainer(device, tmp_path):
     """In the middle of the seeds' grafting: the second half goes on as if there had been no stop."""
-    needs("transformers", "accelerate")
     half = {"max_steps": 60, "save_strategy": "steps", "save_steps": 45}
     whole, second = Run("GPT-2", device), Run("GPT-2", device)
     with_trainer(whole, tmp_path, **half)
@@ -392,7 +372,6 @@ def test_resuming_from_a_checkpoint_of_trainer(device, tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_gradient_checkpointing_of_trainer(device, tmp_path, reentrant):
     """The same losses, and every batch is counted once."""
-    needs("transformers", "accelerate")
     steps = {"max_steps": 4, "gradient_accumulation_steps": 2}
     settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     plain, checkpointed = Run("GPT-2", device), Run("GPT-2", device)

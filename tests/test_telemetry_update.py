@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import cases
 import checks
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from cases import Case, build
 from oracle import Moments
+from threads import call_in_threads
 
 
 @checks.with_cases
@@ -165,23 +164,8 @@ def test_threads_lose_nothing(backend):
     x = torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     offsets = torch.arange(0, 257, 8, dtype=torch.int32)
     telemetry = torch.zeros(32, 5, dtype=torch.float64)
-    rounds, workers, failures = 150, 4, []
-    start = threading.Barrier(workers)
-
-    def work():
-        try:
-            start.wait()
-            for _ in range(rounds):
-                checks.BACKENDS[backend].telemetry_update(x, offsets, telemetry)
-        except Exception as error:  # else it would end in the thread, unseen
-            failures.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    rounds, workers = 150, 4
+    call_in_threads(lambda: checks.BACKENDS[backend].telemetry_update(x, offsets, telemetry), workers, rounds)
     total = rounds * workers
     expected = oracle.telemetry_after(np.zeros((32, 5)), x.numpy(), [(8 * s, 8 * s + 8) for s in range(32)], 8)
     repeated = [Moments(total * m.count, m.mean, total * m.m2, total, 0) for m in expected]

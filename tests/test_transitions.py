@@ -11,30 +11,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_checks import LIFE, assert_unchanged, everything, four_seeds
 from lifecycle_model import POLICIES
 from torch import nn
 
 from kasmina_ext import ExtendedLifecycle, KasminaLayer, TransitionRules, TritonChunkedKasminaLayer, Verdict
 from kasmina_ext.lifecycle import explain_verdicts
 
-LIFE = ["germinated", "training", "grafting", "stabilization", "evaluating", "fine_tuning", "fossilized"]
 ANY = TransitionRules.any()
 NEUTRAL = {0: [1.0], 1: [0.0], 2: [0.0], 3: [1.0, 0.0]}  # MIXED: nothing was measured
 AFFINE = 3
 
 
-def everything(layer):
-    return {name: t.detach().clone() for name, t in layer.state_dict().items()}
-
-
-def assert_unchanged(layer, before):
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
 @pytest.fixture
 def layer(device):
-    return TritonChunkedKasminaLayer(nn.Linear(5, 20, device=device), 4)
+    return four_seeds(device)
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "reference"])

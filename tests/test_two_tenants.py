@@ -6,19 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "two_tenants.py"
 
 
-def test_two_tenants(tmp_path, monkeypatch, capsys):
+def test_two_tenants(one_thread, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--steps", "120", "--out", str(tmp_path)])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small networks train faster so
-    try:
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     printed = capsys.readouterr().out
     for tenant in ("anna", "bert"):
         line = next(line for line in printed.splitlines() if line.startswith(f"{tenant} "))

@@ -331,14 +331,17 @@ def undo_of_layer(layer: KasminaLayer, with_base: bool, with_buffers: bool = Tru
 
 def _undo_of_controller(controller: GrowthController) -> Callable[[], None]:
     """Its loading replaces values, and writes into none."""
-    attributes, snapshots = dict(vars(controller)), [blueprints.snapshots for blueprints in controller._blueprints]
+    attributes, snapshots = (
+        dict(vars(controller)),
+        [blueprints.snapshots for blueprints in controller._blueprints.values()],
+    )
     recorded = {} if controller.record is None else dict(vars(controller.record))
 
     def undo() -> None:
         vars(controller).update(attributes)
         if controller.record is not None:
             vars(controller.record).update(recorded)
-        for blueprints, of_layer in zip(controller._blueprints, snapshots, strict=True):
+        for blueprints, of_layer in zip(controller._blueprints.values(), snapshots, strict=True):
             blueprints.snapshots = of_layer
 
     return undo

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from kasmina_ext.checkpoint.values import COUNTS, problem_of, problem_of_vector
 from kasmina_ext.chunking import chunk_offsets
 from kasmina_ext.lifecycle import ExtendedLifecycle
+from kasmina_ext.names import WRAPPERS as TORCH_WRAPPERS
 from kasmina_ext.state import state_range
 from kasmina_ext.state_layout import StateVar, fill_fresh, new_state
 
 if TYPE_CHECKING:
     from kasmina_ext.layer import KasminaLayer
 
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What DataParallel and DistributedDataParallel, torch.compile, FSDP and activation checkpointing call what they wrap."""
+WRAPPERS = ("module", *TORCH_WRAPPERS)
+"""With what DataParallel and DistributedDataParallel call what they wrap."""
 TRITON_VECTORS = {
     "lifecycle_states": StateVar.LIFECYCLE_STATE,
     "blueprint_ids": StateVar.BLUEPRINT_ID,
