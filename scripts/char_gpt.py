@@ -208,5 +208,6 @@ def train(
         "steps": done,
         "characters": done * batch * shape.context,
         "seconds": round(spent, 1),
+        "train_loss": loss.item(),
         "val_loss": losses_over(network, held).mean().item(),
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kasmina_ext import ExtendedLifecycle, GrowthController, KasminaLayer, credit, default_policy, param_groups
-from kasmina_ext.policy import Seeds
+from kasmina_ext.policy import Observation
 from kasmina_ext.state_layout import StateVar
 from kasmina_ext.telemetry import TelemetryColumn, reduce
 
@@ -98,7 +98,7 @@ def where_to_grow(kind: str, seed: int, sizes: Sizes) -> dict[str, Any]:
     data, network = task.load(seed, CPU), damaged(kind, seed, sizes.base_steps)
     before = activations(healthy(seed, sizes.base_steps), data, seed)
 
-    def shift(seeds: Seeds) -> Tensor:
+    def shift(seeds: Observation) -> Tensor:
         moved = seeds.activations[:, TelemetryColumn.MEAN] - before[:, 0]
         return (moved / before[:, 2]).abs()
 

@@ -1,14 +1,14 @@
 """Writes what the benchmarks measured into README.md, benchmarks/README.md and docs/benchmarks.png.
 
-Reads benchmarks/results/bench_*.json; a benchmark that was not run is said to be missing. Nothing is typed by hand: the
-targets are here, the figures are in the records.
+Reads benchmarks/results/bench_*.json and profile_cuda.json; a benchmark that was not run is said to be missing. Nothing is
+typed by hand: the targets are here, the figures are in the records.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from demo_report import into_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+PROFILE = "profile_cuda"
 
 Record = dict[str, Any]
 Row = dict[str, Any]
 MIB = 1 << 20
+KINDS = ("gpu", "cpu", "eager")
 
 
 # ---- Targets: what, how much, and which figure of which rows ----
@@ -51,52 +53,55 @@ def copies(least: float, most: float) -> Callable[[Row], float | None]:
     return lambda row: row.get("times copy") if least <= row["bytes"] / 2 / MIB < most else None
 
 
-def p50(row: Row, contestant: str = "kasmina_ext") -> float | None:
-    return row["gpu"][contestant]["p50"]
+def figure(*keys: str) -> Callable[[Row], float | None]:
+    def of(row: Row) -> float | None:
+        for key in keys:
+            row = row.get(key, {})
+        return row if isinstance(row, (int, float)) else None
+
+    return of
 
 
 def million(row: Row) -> float | None:
-    return p50(row) if row["case"].startswith("1,000,000") else None
+    return row["gpu"]["kasmina_ext"]["p50"] if row["case"].startswith("1,000,000") else None
+
+
+BY_HAND = "by hand, torch.compile"
+
+
+def above_plain(row: Row) -> float:
+    above = row["above the plain layer"]
+    return min(above["kasmina_ext"], above["kasmina_ext, compiled"])
 
 
 def against_best_compiled(row: Row) -> float:
-    above = row["above the plain layer"]
-    ours = min(above["kasmina_ext"], above["kasmina_ext, compiled"])
-    return round((1 + ours) / (1 + above["torch.compile of it by hand"]), 4)
+    peers = [value for name, value in row["above the plain layer"].items() if name.startswith(BY_HAND)]
+    return round((1 + above_plain(row)) / (1 + min(peers)), 4)
 
 
-def memcpy(row: Row) -> float | None:
-    threads = row["case"].split(", ")[-2]
-    return row["of memcpy's speed"] if threads in ("2 threads", "16 threads") and row["bytes"] > 100 * MIB else None
-
-
-FORWARD, REPORT, LAYER = "bench_chunked_forward_cuda", "bench_report_cuda", "bench_layer_cuda"
+FORWARD, BACKWARD, REPORT = "bench_chunked_forward_cuda", "bench_chunked_backward_cuda", "bench_report_cuda"
+LAYER, LAYOUTS, SCALING = "bench_layer_cuda", "bench_layouts_cuda", "bench_scaling_cuda"
+TRAINING, CPU = "bench_training_cuda", "bench_cpu_cpu"
+ADDED, DOUBLED, ALIGNED = "added, in units of x * 2", "× an x * 2 module", "× the aligned case"
 TARGETS = (
     Target("forward + telemetry, 256 MiB and more", FORWARD, 1.05, copies(256, 1 << 20)),
     Target("forward + telemetry, 64 MiB", FORWARD, 1.12, copies(64, 256)),
     Target("forward + telemetry, 1 to 64 MiB", FORWARD, 1.25, copies(1, 64)),
-    Target("... against the fastest peer", FORWARD, 1.0, lambda row: row["times best"], "× peer"),
-    Target("backward", "bench_chunked_backward_cuda", 1.10, lambda row: row["times copy of its bytes"], "× its bytes"),
-    Target("the report's sizes, forward + telemetry", REPORT, 2.5, p50, "µs"),
-    Target("... against the package's launch scheme", REPORT, 1.0, lambda row: row.get("times package"), "× package"),
-    Target(
-        "eager layer, forward", LAYER, 1.5, lambda row: row["added, in units of x * 2"]["forward"], "× an x * 2 module"
-    ),
-    Target(
-        "eager layer, training step", LAYER, 2.0, lambda row: row["added, in units of x * 2"]["training step"],
-        "× an x * 2 module",
-    ),
-    Target(
-        "awkward layouts and chunks", "bench_layouts_cuda", 1.15, lambda row: row["times aligned"], "× the aligned case"
-    ),
-    Target("100 to 1,000,000 seeds, 256 MiB", "bench_scaling_cuda", 1.2, lambda row: row.get("times 100 seeds"), "× 100 seeds"),
+    Target("... against the fastest peer, all sizes", FORWARD, 1.0, figure("times best"), "× peer"),
+    Target("backward", BACKWARD, 1.10, figure("times copy of its bytes"), "× its bytes"),
+    Target("the report's sizes, forward + telemetry", REPORT, 2.5, figure("gpu", "kasmina_ext", "p50"), "µs"),
+    Target("... against the package's launch scheme", REPORT, 1.0, figure("times package"), "× package"),
+    Target("eager layer, forward", LAYER, 1.5, figure(ADDED, "forward"), DOUBLED),
+    Target("eager layer, training step", LAYER, 2.0, figure(ADDED, "training step"), DOUBLED),
+    Target("awkward layouts and chunks, forward", LAYOUTS, 1.15, figure("times aligned"), ALIGNED),
+    Target("awkward layouts and chunks, backward", LAYOUTS, 1.15, figure("times aligned, backward"), ALIGNED),
+    Target("100 to 1,000,000 seeds, 256 MiB", SCALING, 1.2, figure("times 100 seeds"), "× 100 seeds"),
     Target("1,000,000 validated state changes", "bench_state_update_cuda", 50, million, "µs"),
-    Target(
-        "training step of a linear layer", "bench_training_cuda", 1.0, against_best_compiled, "× torch.compile by hand"
-    ),
-    Target("CPU, 2 and 16 threads, 128 MiB", "bench_cpu_cpu", 0.9, memcpy, "of memcpy's speed", at_least=True),
-    Target("... against torch.compile", "bench_cpu_cpu", 1.0, lambda row: row.get("times best"), "× torch.compile"),
-)  # fmt: skip
+    Target("training step, best of ours", TRAINING, 1.0, against_best_compiled, "× best torch.compile"),
+    Target("... above the plain layer", TRAINING, 0.02, above_plain, "of its time"),
+    Target("CPU, 2 and 16 threads", CPU, 0.9, figure("of memcpy's speed"), "of memcpy's speed", at_least=True),
+    Target("... against torch.compile", CPU, 1.0, figure("times best"), "× torch.compile"),
+)
 
 
 def targets(records: dict[str, Record]) -> str:
@@ -113,75 +118,135 @@ def targets(records: dict[str, Record]) -> str:
     return "\n".join(lines) + "\n\n" + sources(records.values())
 
 
-def sources(records: Iterable[Record]) -> str:
+def sources(records: Iterable[Record], clocks: bool = False) -> str:
     """Where figures come from, each combination of device, torch and commit once."""
     found = dict.fromkeys(
         f"{record['device']}, torch {record['torch']}"
-        + (f", driver {record['driver']}" if record.get("driver") else "")
-        + (f", commit {record['commit']}" if record.get("commit") else "")
+        + "".join(f", {what} {record[what]}" for what in ("driver", "commit") if record.get(what))
+        + (f", clocks {record['clocks']}" if clocks and record.get("clocks") else "")
+        + ("" if record.get("complete", True) else " (cut short: cases are missing)")
         for record in records
     )
-    return "Measured on: " + "; ".join(found) + ".\n"
+    return "Measured on: " + ("; ".join(found) or "nothing yet") + ".\n"
+
+
+# ---- Who is faster ----
+
+REFERENCES = ("copy", "clone", "aligned", "plain layer", "base", "layer")
+"""What ours stands beside, but what does not do its work."""
+
+
+def wins(records: dict[str, Record]) -> str:
+    """A line for each benchmark and peer that is faster than ours somewhere."""
+    lines = []
+    for name, record in records.items():
+        ratios: dict[tuple[str, str], list[tuple[float, str]]] = {}
+        for row in record.get("microseconds", []):
+            for kind in KINDS:
+                for peer, ratio in faster(row.get(kind, {})):
+                    ratios.setdefault((kind, peer), []).append((ratio, row["case"]))
+        for (kind, peer), found in ratios.items():
+            ratio, case = max(found)
+            cases = f"{len(found)} of {len(record['microseconds'])} cases"
+            lines.append(f"* {name}, {kind}: **{peer}** in {cases}; most, we take {ratio:.3g} × its time, at {case}")
+    return "\n".join(lines) + "\n" if lines else "* Nowhere in what was measured.\n"
+
+
+def faster(times: dict[str, dict[str, float]]) -> Iterator[tuple[str, float]]:
+    """Peers of a case that beat ours: (name, our time over its time). "PyTorch, merge" stands against our merge."""
+    ours = {name: t["p50"] for name, t in times.items() if name.startswith("kasmina_ext")}
+    for name, t in times.items():
+        if not ours or name in ours or name.startswith(REFERENCES):
+            continue
+        same = [ours[mine] for mine in ours if mine.partition(", ")[2] == name.partition(", ")[2]]
+        ratio = min(same or ours.values()) / t["p50"]
+        if ratio > 1:
+            yield name, ratio
 
 
 # ---- Tables ----
 
+GROUPED = ("torch.compile", BY_HAND)
+"""Contestants that come in several formulations: the fastest one's time is shown."""
+MOST_COLUMNS = 7
+
 
 def table(record: Record) -> str:
-    """A record's rows, contestants as lines: microseconds p20 / p50 / p80, and other figures below."""
-    lines = []
-    for row in record["microseconds"]:
-        kinds = [kind for kind in ("gpu", "cpu", "eager") if kind in row]
-        lines += ["", f"**{row['case']}**", "", "| contestant | " + " | ".join(f"{k}, µs" for k in kinds) + " |"]
-        lines += ["| --- |" + " ---: |" * len(kinds)]
-        for name in dict.fromkeys(name for kind in kinds for name in row[kind]):
-            cells = [" / ".join(f"{t:.4g}" for t in row[kind].get(name, {}).values()) for kind in kinds]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        figures = [f"{key}: {spelled(value)}" for key, value in row.items() if key not in (*kinds, "case")]
-        lines += ["", "; ".join(figures)]
-    return "\n".join([sources([record]), *lines]) + "\n"
+    """A record's rows: p50 in microseconds of each contestant, ours as p20 / p50 / p80, and the ratios."""
+    rows = record["microseconds"]
+    ratios = {row["case"]: dict(ratios_of(row)) for row in rows}
+    parts = []
+    for kind, title in (("gpu", "GPU time, µs"), ("cpu", "time, µs"), ("eager", "with the host's side, µs")):
+        timed = {row["case"]: grouped(row[kind]) for row in rows if row.get(kind)}
+        if timed and not parts:
+            timed = {case: cells | ratios[case] for case, cells in timed.items()}
+        if timed:
+            parts.append(cross(title, timed))
+    return "\n".join(parts)
 
 
-def spelled(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {spelled(number)}" for name, number in value.items())
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+def ratios_of(row: Row) -> Iterator[tuple[str, str]]:
+    for key, value in row.items():
+        if isinstance(value, (int, float)) and key != "bytes":
+            yield key, f"{value:.3g}"
+        elif key.startswith(("above", "added")):
+            yield from ((f"{key}: {name}", f"{number:.3g}") for name, number in value.items())
 
 
-# ---- The picture ----
+def grouped(times: dict[str, dict[str, float]]) -> dict[str, str]:
+    cells: dict[str, str] = {}
+    for name, t in sorted(times.items(), key=lambda item: item[1]["p50"]):
+        family = next((family for family in GROUPED if name.startswith(family)), name)
+        if name.startswith("kasmina_ext"):
+            cells[name] = " / ".join(map(microseconds, t.values()))
+        elif family not in cells:
+            variant = name.removeprefix(family).removeprefix(", ")
+            cells[family] = microseconds(t["p50"]) + (f" ({variant})" if variant else "")
+    order = dict.fromkeys(next((f for f in GROUPED if name.startswith(f)), name) for name in times)
+    return {name: cells[name] for name in order}
 
 
-def picture(records: dict[str, Record], path: Path) -> bool:
-    """Speed as a share of the device copy's, by case; False where there is nothing to draw."""
-    if FORWARD not in records:
-        return False
-    import matplotlib
+def microseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    rows = sorted(records[FORWARD]["microseconds"], key=lambda row: row["bytes"])
-    colours = {"kasmina_ext": "#0072b2", "Triton": "#e69f00", "torch.compile": "#009e73", "PyTorch": "#999999"}
-    figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
-    width = 0.8 / len(colours)
-    for i, (name, colour) in enumerate(colours.items()):
-        heights = [
-            max((s for peer, s in row["share of copy speed"].items() if peer.startswith(name)), default=0)
-            for row in rows
-        ]
-        at = [x + (i - (len(colours) - 1) / 2) * width for x in range(len(rows))]
-        axes.bar(at, heights, width, label=name if name != "torch.compile" else "torch.compile, best", color=colour)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.text(len(rows) - 0.5, 1.01, "device copy", ha="right", va="bottom", fontsize=8)
-    names = [row["case"].replace(", ", "\n", 1).replace(", ", "\n") for row in rows]
-    axes.set_xticks(range(len(rows)), names, fontsize=7)
-    axes.set_ylabel("bytes per second,\nas a share of a copy's")
-    axes.set_title(f"Forward with telemetry, {records[FORWARD]['device']}", loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=4)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
+def cross(title: str, cells: dict[str, dict[str, str]]) -> str:
+    """Cases as lines; as columns where that is narrower."""
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    if len(names) > MOST_COLUMNS and len(cells) <= MOST_COLUMNS:
+        cells = {name: {case: row.get(name, "") for case, row in cells.items()} for name in names}
+        names = list(dict.fromkeys(name for row in cells.values() for name in row))
+    lines = [f"| {title} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    lines += [f"| {line} | " + " | ".join(row.get(name, "") for name in names) + " |" for line, row in cells.items()]
+    return "\n".join(lines) + "\n"
+
+
+def limits(record: Record | None) -> str:
+    """The profiler's counters, a line for each kernel."""
+    if not record:
+        return "Not measured: `python benchmarks/profile_kernels.py` needs a GPU and ncu.\n"
+    columns = (
+        "case", "kernel", "µs", "MB moved (of MB needed)", "memory's speed", "warps active", "issue slots",
+        "instructions / element", "registers", "shared KiB", "what warps wait for (of 1 instruction)",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "| --- | --- |" + " ---: |" * 8 + " --- |"]
+    before = ""
+    for k in record["kernels"]:
+        moved = (k["bytes read"] + k["bytes written"]) / 1e6
+        waits = ", ".join(f"{name.replace('_', ' ')} {value:.2g}" for name, value in k["waits"].items())
+        case = k["case"] if k["case"] != before else ""
+        needed = f" ({k['bytes needed'] / 1e6:.4g})" if case else ""
+        before = k["case"]
+        cells = (
+            case, f"`{k['kernel']}`", f"{k['ns'] / 1e3:.4g}", f"{moved:.4g}{needed}",
+            f"{k[PERCENT_OF_MEMORY]:.0f} %", f"{k['% of warps active']:.0f} %", f"{k['% of issue slots used']:.0f} %",
+            f"{k['instructions per element']:.3g}", f"{k['registers']:.0f}", f"{k['shared bytes'] / 1024:.3g}", waits,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + sources([record])
+
+
+PERCENT_OF_MEMORY = "% of the memory's speed"
 
 
 def main() -> None:
@@ -190,13 +255,32 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=ROOT, help="the tree whose pages are written (default: this one)")
     options = parser.parse_args()
     records = {path.stem: json.loads(path.read_text()) for path in sorted(options.results.glob("bench_*_c*.json"))}
+    profile = options.results / f"{PROFILE}.json"
+    picture_there = False
+    if FORWARD in records:
+        from benchmark_pictures import picture
+
+        picture_there = picture(records, options.into / "docs/benchmarks.png")
     summary = targets(records)
-    into_readme(options.into / "README.md", summary, *markers("benchmarks"))
+    shown = "\n![Forward with telemetry beside a copy and its peers](docs/benchmarks.png)\n" if picture_there else ""
+    into_readme(options.into / "README.md", (summary + shown) if records else UNMEASURED, *markers("benchmarks"))
     page = options.into / "benchmarks/README.md"
-    into_readme(page, summary, *markers("benchmarks"))
-    everything = "\n".join(f"### {name}\n\n{table(record)}" for name, record in records.items())
-    into_readme(page, everything, *markers("figures"))
-    picture(records, options.into / "docs/benchmarks.png")
+    shown = shown.replace("docs/", "../docs/")
+    first = next(iter(records.values()), {})
+    everything = sources([first], clocks=True) if first else ""
+    for name, record in records.items():
+        elsewhere = any(record.get(key) != first.get(key) for key in ("device", "torch", "driver", "commit"))
+        everything += f"\n### {name}\n\n" + (sources([record]) + "\n" if elsewhere else "") + table(record)
+    for marker, text in (
+        ("benchmarks", summary + shown),
+        ("wins", wins(records) if records else UNMEASURED),
+        ("limits", limits(json.loads(profile.read_text()) if profile.exists() else None)),
+        ("figures", everything),
+    ):
+        into_readme(page, text, *markers(marker))
+
+
+UNMEASURED = "No record of the present kernels is kept yet.\n"
 
 
 def markers(name: str) -> tuple[str, str]:

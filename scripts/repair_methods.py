@@ -30,6 +30,8 @@ LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 START = 1e-2
 BETAS = (0.9, 0.95)
 WARM_UPS, WARM_UP_RATE = 3, 1e-12  # of 0, AdamW on a GPU would make NaN
+FIXED = ("frozen",)
+"""The same for every random seed of a network."""
 OURS, EQUAL, WIDER = "calibrate + grow", "LoRA of equal size", "LoRA r=8"
 
 
@@ -368,7 +370,7 @@ def climbed(attempt: Callable[[float], dict[str, Any]], start: float) -> dict[st
             found[rung] = attempt(LADDER[rung])
         return [value if math.isfinite(value) else math.inf for value in found[rung]["score"]]
 
-    best = LADDER.index(start)
+    best = min(range(len(LADDER)), key=lambda rung: abs(math.log(LADDER[rung] / start)))
     score(best)
     while True:
         neighbours = [rung for rung in (best + 1, best - 1) if 0 <= rung < len(LADDER) and rung not in found]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from growth_report import interval
-from repair_methods import EQUAL, LADDER, METHODS, OURS
+from repair_methods import EQUAL, FIXED, LADDER, METHODS, OURS
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,16 +39,22 @@ HEALTHY = "healthy"
 
 
 def summary(part: str, found: Found) -> dict[str, Any]:
-    """Means with their intervals; what each method takes; and where each is better or worse than calibrate + grow."""
+    """Means with their spread; what each method takes; and where each is better or worse than calibrate + grow."""
     key = MEASURES[part].key
     means = {
-        damage: {method: interval([one[key] for one in ones]) for method, ones in by_method.items()}
+        damage: {method: spread([one[key] for one in ones]) for method, ones in by_method.items()}
         for damage, by_method in found.items()
     }
     methods = [name for name in METHODS if any(name in by_method for by_method in found.values())]
     costs = {name: _costs([one for by in found.values() for one in by.get(name, [])]) for name in methods}
     against = {name: _against(found, name, MEASURES[part]) for name in methods if name != OURS}
     return {"means": means, "costs": costs, f"against {OURS}": against}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, its 95 % interval and the standard deviation (of two or more values), and how many they are."""
+    deviation = {"sd": statistics.stdev(values)} if len(values) > 1 else {}
+    return interval(values) | deviation
 
 
 COSTS = {
@@ -73,6 +79,8 @@ def _against(found: Found, method: str, measure: Measure) -> dict[str, dict[str,
     sign, result = (1 if measure.more_is_better else -1), {}
     for damage, by_method in found.items():
         theirs, ours = ({one["seed"]: one[measure.key] for one in by_method.get(name, [])} for name in (method, OURS))
+        if method in FIXED and len(theirs) == 1:
+            theirs = dict.fromkeys(ours, next(iter(theirs.values())))
         pairs = theirs.keys() & ours.keys()
         if not pairs:
             continue
@@ -89,15 +97,21 @@ def table(part: str, section: dict[str, Any]) -> tuple[list[str], list[list[str]
     """Header and rows, in text."""
     found, measure = section["summary"], MEASURES[part]
     costs = found["costs"]
-    header = ["damage", *(_label(name, costs) for name in costs)]
+    header = ["damage", "n", *(_label(name, costs) for name in costs)]
     rows = [
-        [damage, *(_cell(by_method.get(name), measure.digits) for name in costs)]
+        [damage, _seeds_of(by_method), *(_cell(by_method.get(name), measure.digits) for name in costs)]
         for damage, by_method in found["means"].items()
     ]
     for name in measure.costs:
         if any(name in each for each in costs.values()):
-            rows.append([COSTS[name], *(_cost(name, each.get(name)) for each in costs.values())])
+            rows.append([COSTS[name], "", *(_cost(name, each.get(name)) for each in costs.values())])
     return header, rows
+
+
+def _seeds_of(by_method: dict[str, dict[str, float]]) -> str:
+    """How many random seeds the means of a row are of: the fewest and the most of those that can differ."""
+    counts = sorted({value["n"] for name, value in by_method.items() if name in METHODS and name not in FIXED})
+    return "–".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1]))) if counts else ""
 
 
 def _label(method: str, costs: dict[str, Any]) -> str:
@@ -108,7 +122,7 @@ def _cell(value: dict[str, float] | None, digits: int) -> str:
     if value is None:
         return ""
     mean = f"{value['mean']:.{digits}f}"
-    return f"{mean} ± {value['high'] - value['mean']:.{digits}f}" if "high" in value else mean
+    return f"{mean} ± {value['sd']:.{digits}f}" if "sd" in value else mean
 
 
 def _cost(name: str, value: float | None) -> str:
@@ -138,33 +152,31 @@ def verdicts(part: str, section: dict[str, Any]) -> list[str]:
 
 
 def notes(part: str, section: dict[str, Any]) -> str:
-    config, seeds = section["config"], _seeds(section)
+    config = section["config"]
     sizes = config["sizes"]
+    alone = any(row[1].split("–")[0] == "1" for row in table(part, section)[1])
     common = (
         f"Each method chose its learning rate on held-out data, climbing the same ladder ({LADDER[0]:g} to {LADDER[-1]:g}) until "
         f"both neighbours were worse or the ladder ended, and had {sizes['steps']} steps of the same batches. "
+        f"Better and worse are by paired 95 % intervals{', where n is 1 by any difference' if alone else ''}. "
         f"Device {config['device']}, torch {config['torch']}, commit {config['commit']}."
     )
     if part == "digits":
         healthy = [one["mean"] for by in section["summary"]["means"].values() if (one := by.get(HEALTHY))]
         return (
-            f"Accuracy on test images, mean of {seeds} random seeds with its 95 % interval; {statistics.mean(healthy):.1f} "
-            f"before the damage. Calibration had {sizes['calibration_images']} images without labels. {common}"
+            f"Accuracy on test images, mean and standard deviation of n random seeds; {statistics.mean(healthy):.1f} before "
+            f"the damage. Calibration had {sizes['calibration_images']} images without labels. {common}"
         )
     base = section["base"]
     errors = [one["loss_error"] for by in section["found"].values() for ones in by.values() for one in ones]
     return (
         f"Bits per character on files that were not trained on; {base['bits']:.3f} before the damage (a GPT of "
         f"{base['parameters']:,} parameters, trained for {base['seconds']:.0f} s on {base['corpus']['bytes']:,} bytes of "
-        f"Python {base['corpus']['python']}'s standard library). Means of up to {seeds} random seeds, with a 95 % interval "
-        f"where there are two or more; the sampling of test windows adds a standard error of "
-        f"{max(errors) / math.log(2):.3f} at most, which all columns share. Calibration had "
+        f"Python {base['corpus']['python']}'s standard library). Mean and standard deviation of n random seeds: of the order "
+        f"of the data, what calibration sees and new weights; the damaged network is the same. The sampling of test windows "
+        f"adds a standard error of {max(errors) / math.log(2):.3f} at most, which all columns share. Calibration had "
         f"{sizes['calibration_windows']} unlabelled windows of {sizes['shape']['context']} characters. {common}"
     )
-
-
-def _seeds(section: dict[str, Any]) -> int:
-    return max((len(ones) for by in section["found"].values() for ones in by.values()), default=0)
 
 
 TITLES = {"digits": "A digit classifier", "gpt": "A character-level GPT"}
