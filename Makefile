@@ -57,8 +57,8 @@ check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, for
 	build/sanitize/kernels $(CASES)
 	build/sanitize/kernels-baseline $(CASES)
 
-bench: build ## run the benchmarks into benchmarks/results
-	@for script in benchmarks/bench_*.py; do echo "$$script" && $(PY) "$$script" $(ARGS) || exit; done
+bench: build ## run the benchmarks into benchmarks/results (minutes; ARGS="--help")
+	$(PY) benchmarks/run_all.py $(ARGS)
 
 gpu-check: ## on a machine with a GPU: build, all tests, compute-sanitizer; results in gpu_check.json and stacks.json of benchmarks/results
 	@if [ -x "$(PY)" ]; then python="$(PY)"; else python="$(PYTHON)"; fi; "$$python" scripts/gpu_check.py $(ARGS)

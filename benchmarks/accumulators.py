@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 from results import Row
 from timing import eager_times, timed
 
@@ -22,6 +22,7 @@ def race(case: str, size: int, contestants: dict[str, Sequence[Callable[[], obje
     times = timed(contestants, device)
     row = {"case": case, "bytes": size, "gpu" if device == "cuda" else "cpu": times}
     if device == "cuda":
-        row["eager"] = eager_times({name: calls[0] for name, calls in contestants.items()}, device)
-        torch.cuda.empty_cache()
+        in_turn = {name: itertools.cycle(calls) for name, calls in contestants.items()}
+        host = {name: lambda turn=turn: next(turn)() for name, turn in in_turn.items()}
+        row["eager"] = eager_times(host, device, calls=30, rounds=10)
     return row

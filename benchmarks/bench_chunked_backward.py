@@ -4,58 +4,70 @@ from __future__ import annotations
 
 import peers
 import torch
-from results import Row, run
+from bench_chunked_forward import FLOAT16, HALF, SINGLE, sized
+from bench_layouts import backward
+from results import Row, run, shares
 from timing import timed
 from workload import Case, Truth, make_data
 
-from kasmina_ext import ops
-
-HALF, SINGLE = torch.bfloat16, torch.float32
-CASES = {
+RACES = {
     "cpu": [Case(64, 1024, 64, SINGLE), Case(2048, 1024, 128, HALF), Case(8192, 4096, 512, SINGLE)],
+    "cuda": [sized(64, 4096, 512, HALF), sized(256, 8192, 1024, HALF), sized(256, 4096, 1024, SINGLE)],
+}
+"""With the peer."""
+
+COPIES = {
+    "cpu": [],
     "cuda": [
-        Case(8192, 4096, 512, HALF, "64 MiB"),
-        Case(16384, 8192, 1024, HALF, "256 MiB"),
-        Case(16384, 4096, 1024, SINGLE, "256 MiB"),
+        sized(mib, features, seeds, dtype)
+        for mib, features, dtype in (
+            (256, 8192, HALF), (256, 8192, FLOAT16), (256, 4096, SINGLE), (64, 4096, FLOAT16), (64, 4096, SINGLE),
+            (8, 1024, HALF), (1, 1024, HALF),
+        )
+        for seeds in ((1, features) if mib == 256 else (features // 8,))
     ],
+}  # fmt: skip
+"""Beside a copy alone."""
+
+CASES = {
+    device: [(case, True) for case in RACES[device]] + [(case, False) for case in COPIES[device]] for device in RACES
 }
 
 
-def bench(case: Case, device: str) -> Row:
+def bench(case_and_peer: tuple[Case, bool], device: str) -> Row:
+    case, with_peer = case_and_peer
     data = make_data(case, device, tensors=3)
     grads = [torch.randn_like(d.x) for d in data]
     first, truth = data[0], Truth.of(data[0])
-
-    def ours(d, grad):
-        return lambda: ops.chunked_backward(grad, d.x, *d.seeds, d.grad_telemetry, True, True, True)
-
-    got = ours(first, grads[0])()
+    got = backward(first, grads[0])()
     truth.check_backward("kasmina_ext", grads[0], got[0])
-    peer = peers.compiled_backward(case, first)
-    answer = peer(grads[0], first.x)
-    truth.check_backward("torch.compile", grads[0], answer[0])
-    if not torch.allclose(got[2].float(), answer[2], rtol=1e-2, atol=1e-2 * answer[2].abs().max().item()):
-        raise SystemExit(f"{case.name}: dalpha differs from the peer's, so there is nothing to time")
-    times = timed(
-        {
-            "copy": [d.x.clone for d in data],
-            "kasmina_ext": [ours(d, g) for d, g in zip(data, grads, strict=True)],
-            "torch.compile": [lambda d=d, g=g: peer(g, d.x) for d, g in zip(data, grads, strict=True)],
-        },
-        device,
-    )
-    ours_of_copy = times["kasmina_ext"]["p50"] / times["copy"]["p50"]
-    return {
-        "case": case.name,
-        "bytes": 3 * case.bytes,
-        "gpu" if device == "cuda" else "cpu": times,
-        "share of copy speed": {
-            name: round((1 if name == "copy" else 1.5) * times["copy"]["p50"] / t["p50"], 4)
-            for name, t in times.items()
-        },
-        "times copy of its bytes": round(ours_of_copy / 1.5, 4),
-        "times best": round(times["kasmina_ext"]["p50"] / times["torch.compile"]["p50"], 4),
+    dw, dalpha = truth.parameter_gradients(first, grads[0])
+    check("dw", got[1], dw)
+    check("dalpha", got[2], dalpha)
+    calls = {
+        "copy": [d.x.clone for d in data],
+        "kasmina_ext": [backward(d, g) for d, g in zip(data, grads, strict=True)],
     }
+    if with_peer:
+        peer = peers.compiled_backward(case, first)
+        answer = peer(grads[0], first.x)
+        truth.check_backward("torch.compile", grads[0], answer[0])
+        check("dw of torch.compile", answer[1], dw[0])
+        check("dalpha of torch.compile", answer[2], dalpha)
+        calls["torch.compile"] = [lambda d=d, g=g: peer(g, d.x) for d, g in zip(data, grads, strict=True)]
+    times = timed(calls, device)
+    ours = times["kasmina_ext"]["p50"]
+    row = {"case": case.name, "bytes": 3 * case.bytes, "gpu" if device == "cuda" else "cpu": times}
+    row["share of copy speed"] = shares(times, tensors=3)
+    row["times copy of its bytes"] = round(ours / times["copy"]["p50"] / 1.5, 4)
+    return row | ({"times best": round(ours / times["torch.compile"]["p50"], 4)} if with_peer else {})
+
+
+def check(name: str, got: torch.Tensor, truth: torch.Tensor) -> None:
+    """By norm: the sums of peers are float32, and weights' gradients are rounded to the weights' type."""
+    room = 4 * torch.finfo(got.dtype).eps + 1e-4
+    if not bool((got.double() - truth).norm() <= room * truth.norm()):
+        raise SystemExit(f"{name} is wrong, so there is nothing to time")
 
 
 if __name__ == "__main__":

@@ -1,45 +1,48 @@
 """chunked_forward with telemetry on the CPU, by threads and instruction set, against memcpy and torch.compile.
 
 memcpy's speed is that of a copy into memory that is already there (`copy_`), and of one that allocates its result, as
-the operators do (`clone`). For each instruction set the kernels are compiled once more, for it alone, into
-build/bench_cpu; the module that ships chooses by itself.
+the operators do (`clone`). Both in processes whose allocator keeps what it once had: with the C library's defaults every
+large tensor is new to the process, and most of the time of `clone` and of ours would be page faults.
+
+For each instruction set the kernels are compiled once more, for it alone, into build/bench_cpu; the module that ships
+chooses by itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import bench_chunked_forward as forward
 import peers
+import timing
 import torch
-from results import ROOT, Row, arguments, keep
+from results import ROOT, Row, arguments, chosen, keep
 from timing import timed
+from torch._inductor import config
 from workload import Case, Truth, make_data
 
 SETS = {"AVX2": "haswell", "AVX-512": "skylake-avx512"}
+SHIPPED = "as shipped"
+THREADS = (2, 16)
 CASES = (
     Case(2048, 1024, 128, torch.float32),
     Case(2048, 1024, 128, torch.bfloat16),
     Case(8192, 4096, 512, torch.float32),
     Case(8192, 4096, 512, torch.bfloat16),
 )
-
-
-@dataclass(frozen=True)
-class Run:
-    threads: int
-    instructions: str  # "" for the module that ships
+KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"
 
 
 def build(instructions: str) -> dict[str, str]:
     """The environment in which the package is one that was compiled for this instruction set alone."""
-    if not instructions:
-        return {}
     there = ROOT / "build/bench_cpu" / SETS[instructions]
     shutil.copytree(
         ROOT / "kasmina_ext", there / "kasmina_ext", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
@@ -50,59 +53,111 @@ def build(instructions: str) -> dict[str, str]:
     return {"PYTHONPATH": str(there)}
 
 
-def measure(run: Run, case: Case, compile_too: bool) -> Row:
-    torch.set_num_threads(run.threads)
+@dataclass
+class Worker:
+    """A process that measures the cases: how many threads OpenMP starts with is decided before torch is loaded."""
+
+    threads: int
+    instructions: str  # "" for the module that ships
+    options: argparse.Namespace
+    environment: dict[str, str]
+    part: str = "0/1"  # of the cases
+    process: subprocess.Popen = field(init=False)
+
+    def __post_init__(self) -> None:
+        command = [sys.executable, __file__, "--inside", f"{self.threads},{self.instructions or SHIPPED}"]
+        command += ["--part", self.part]
+        command += ["--compile-only"] if self.options.compile_only else ["--quick"] * self.options.quick
+        environment = os.environ | self.environment | {"OMP_NUM_THREADS": str(self.threads)}
+        environment["GLIBC_TUNABLES"] = KEEP_MEMORY
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_until_ready(self) -> None:
+        self.process.stdout.readline()
+
+    def rows(self) -> Iterator[Row]:
+        """Measured now; until then the process has only got ready."""
+        self.process.stdin.write("now\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        errors = self.process.stderr.read()
+        if self.process.wait():
+            raise SystemExit(errors)
+
+
+def measure(threads: int, instructions: str, case: Case) -> Row:
     data = make_data(case, "cpu")
     first, truth = data[0], Truth.of(data[0])
-    truth.check_forward(case.name, first.x, forward.ours(first)())
     results = [torch.empty_like(d.x) for d in data]
     calls = {
         "copy": [lambda d=d, y=y: y.copy_(d.x) for d, y in zip(data, results, strict=True)],
         "clone": [d.x.clone for d in data],
-        "kasmina_ext": [forward.ours(d) for d in data],
+        "kasmina_ext": forward.verified(case, data),
     }
-    if compile_too:
+    if instructions == SHIPPED:
         peer = peers.compiled(case, first, "by column")
         truth.check_forward("torch.compile", first.x, peer.forward(first.x))
         calls["torch.compile"] = [lambda d=d: peer.forward(d.x) for d in data]
     times = timed(calls, "cpu")
-    set_ = run.instructions or "as shipped"
-    row: Row = {"case": f"{case.name}, {run.threads} threads, {set_}", "bytes": 2 * case.bytes, "cpu": times}
+    row: Row = {"case": f"{case.name}, {threads} threads, {instructions}", "bytes": 2 * case.bytes, "cpu": times}
     row["of memcpy's speed"] = round(times["copy"]["p50"] / times["kasmina_ext"]["p50"], 4)
     row["of a clone's speed"] = round(times["clone"]["p50"] / times["kasmina_ext"]["p50"], 4)
-    if compile_too:
-        row["times best"] = round(times["kasmina_ext"]["p50"] / times["torch.compile"]["p50"], 4)
+    if "torch.compile" in times:
+        row["times best"] = forward.ratio(times, "torch.compile")
     return row
 
 
-def rows(quick: bool):
-    threads = [n for n in (1, 2, 16) if n <= (os.cpu_count() or 1)]
-    sets = ["", *(name for name, flag in SETS.items() if name == "AVX2" or "avx512f" in open("/proc/cpuinfo").read())]
-    for name in sets[:1] if quick else sets:
-        environment = os.environ | build(name)
-        for number in threads[:1] if quick else threads:
-            for index in range(1 if quick else len(CASES)):
-                inner = json.dumps(asdict(Run(number, name)) | {"case": index, "compile": not name})
-                # The number of threads that OpenMP starts with is the number that everything runs with.
-                environment["OMP_NUM_THREADS"] = str(number)
-                command = [sys.executable, __file__, "--inner", inner]
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(done.stderr)
-                yield json.loads(done.stdout.splitlines()[-1])
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """One process after the other, all of which were started before."""
+    threads = [n for n in THREADS if n <= (os.cpu_count() or 1)] or [1]
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    sets = [name for name, flag in (("AVX2", "avx2"), ("AVX-512", "avx512f")) if f" {flag}" in known]
+    index, count = options.part
+    if options.compile_only:
+        if index == 0:
+            for name in sets:
+                build(name)
+        whole = [(n, f"{case}/{len(CASES)}") for case in range(len(CASES)) for n in threads]
+        workers = [Worker(n, "", options, {}, part) for n, part in whole[index::count]]
+    else:
+        builds = {} if options.quick else {name: build(name) for name in sets}
+        numbers = chosen(threads, options)
+        workers = [Worker(n, name, options, env) for n in numbers for name, env in ({"": {}} | builds).items()]
+    try:
+        for worker in workers:
+            worker.wait_until_ready()
+        for worker in workers:
+            yield from worker.rows()
+    finally:
+        for worker in workers:
+            worker.process.kill()
+
+
+def inside(given: str, options: argparse.Namespace) -> None:
+    threads, instructions = given.split(",")
+    torch.set_num_threads(int(threads))
+    timing.patience = 0.3
+    config.cpp_cache_precompile_headers = False  # a minute for what is compiled once
+    cases = chosen(CASES if instructions == SHIPPED else CASES[2:], options)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for case in cases:
+        print(json.dumps(measure(int(threads), instructions, case)), flush=True)
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--inner", help="one measurement, as JSON, in a process of its own")
+    parser.add_argument("--inside", metavar="THREADS,SET", help="measure this, in this process, when a line is read")
     options = parser.parse_args()
-    if options.inner:
-        given = json.loads(options.inner)
-        case, compile_too = CASES[given.pop("case")], given.pop("compile")
-        print(json.dumps(measure(Run(**given), case, compile_too)))
-        return
     options.device = "cpu"
-    keep("bench_cpu", options, rows(options.quick))
+    if options.inside:
+        inside(options.inside, options)
+    else:
+        keep("bench_cpu", options, rows(options))
 
 
 if __name__ == "__main__":

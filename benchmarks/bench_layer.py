@@ -1,15 +1,21 @@
 """What the layer adds to its base layer at small sizes, eager and compiled, in units of a module that computes x * 2.
 
 A training step here is forward and backward (the optimizer is the user's). Host time is what counts at these sizes, so
-times are those of many calls in a row. Compiled: the layer and its base are each one graph.
+times are those of many calls in a row. Compiled: the layer and its base are each one graph. The operator of no rows is what
+a call costs that launches nothing.
 """
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
+
 import torch
+from bench_chunked_forward import ours
 from results import Row, run
-from timing import eager_times
+from timing import Call, eager_rounds, quantiles
 from torch import Tensor, nn
+from workload import Case, make_data
 
 from kasmina_ext import ExtendedLifecycle, KasminaLayer
 
@@ -43,7 +49,15 @@ def verify(base: nn.Module, layer: KasminaLayer, x: Tensor) -> None:
         raise SystemExit("the layer's output is wrong, so there is nothing to time")
 
 
-def step(module: nn.Module, x: Tensor, grad: Tensor):
+def forward(module: nn.Module, x: Tensor) -> Call:
+    def call() -> Tensor:
+        with torch.no_grad():
+            return module(x)
+
+    return call
+
+
+def step(module: nn.Module, x: Tensor, grad: Tensor) -> Call:
     def call() -> None:
         module(x).backward(grad)
 
@@ -58,27 +72,27 @@ def bench(case: tuple[int, int], device: str) -> Row:
     verify(base, layer, x)
     doubled = nn.Sequential(base, Double())  # the base is in both: what is added is what is compared
     modules = {"base": base, "base, then x * 2": doubled, "layer": layer}
-    compiled = {f"{name}, compiled": torch.compile(module, fullgraph=True) for name, module in modules.items()}
-
-    def forward(module: nn.Module):
-        def call() -> Tensor:
-            with torch.no_grad():
-                return module(x)
-
-        return call
-
-    everything = modules | compiled
-    forwards = eager_times({name: forward(module) for name, module in everything.items()}, device)
-    steps = eager_times({name: step(module, x, grad) for name, module in everything.items()}, device)
-    row: Row = {"case": f"Linear {features} x {features}, {rows} rows", "eager": forwards}
-    row["eager"] |= {f"{name}: training step": t for name, t in steps.items()}
-    row["added, in units of x * 2"] = {"forward": added(forwards), "training step": added(steps)}
+    modules |= {f"{name}, compiled": torch.compile(module, fullgraph=True) for name, module in modules.items()}
+    row: Row = {"case": f"Linear {features} x {features}, {rows} rows", "eager": {}, "added, in units of x * 2": {}}
+    data = make_data(Case(rows, features, features // 8, torch.float32), device)[0]
+    operator = {"operator alone": ours(data), "operator alone, of no rows": ours(replace(data, x=data.x[:0]))}
+    for what, calls in (
+        ("forward", {name: forward(module, x) for name, module in modules.items()} | operator),
+        ("training step", {name: step(module, x, grad) for name, module in modules.items()}),
+    ):
+        rounds = eager_rounds(calls, device, calls=50, rounds=25)
+        row["eager"] |= {f"{name}: {what}": quantiles(spent) for name, spent in rounds.items()}
+        row["added, in units of x * 2"][what] = added(rounds)
     return row
 
 
-def added(times: dict[str, dict[str, float]]) -> float:
-    base = times["base"]["p50"]
-    return round((times["layer"]["p50"] - base) / (times["base, then x * 2"]["p50"] - base), 3)
+def added(rounds: dict[str, list[float]]) -> float:
+    """The median over rounds of what the layer adds, over the median of what x * 2 adds."""
+    ours, unit = (
+        statistics.median(more - base for more, base in zip(rounds[name], rounds["base"], strict=True))
+        for name in ("layer", "base, then x * 2")
+    )
+    return round(ours / unit, 3)
 
 
 if __name__ == "__main__":

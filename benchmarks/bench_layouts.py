@@ -1,4 +1,4 @@
-"""chunked_forward where memory is not as one would like it, against the aligned case of as many numbers.
+"""chunked_forward and chunked_backward where memory is not as one would like it, against the aligned case of as many numbers.
 
 Convolution outputs (NCHW, channels_last), a number of features that no vector divides, rows that begin at odd addresses,
 chunks of one feature, of all features, and of uneven lengths.
@@ -6,43 +6,36 @@ chunks of one feature, of all features, and of uneven lengths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from bench_chunked_forward import ours
-from results import Row, arguments, keep
-from timing import timed
+from results import Row, run
+from timing import Call, timed
 from torch import Tensor
 from workload import Case, Data, Truth, make_data
 
-ALIGNED = {
-    "cpu": [Case(2048, 1024, 64, torch.float32)],
-    "cuda": [Case(16384, 8192, 512, torch.bfloat16), Case(16384, 4096, 512, torch.float32)],
-}
+from kasmina_ext import ops
+
 PIXELS = 64  # of an image, along one side
 CHANNELS = 256
 
 
-def variants(case: Case, device: str) -> dict[str, list[Data]]:
-    aligned, features = make_data(case, device), case.features
-    images = case.rows * features // (CHANNELS * PIXELS * PIXELS)
-    conv = make_data(replace(case, rows=images * PIXELS * PIXELS, features=CHANNELS, seeds=16), device)
-    odd = make_data(replace(case, features=features - 1), device)
-    return {
-        "aligned": aligned,
-        "NCHW": [replace(d, x=nchw(d.x, images)) for d in conv],
-        "channels_last": [replace(d, x=d.x.view(images, PIXELS, PIXELS, -1)) for d in conv],
-        "one feature less": odd,
-        "address off by one element": [replace(d, x=shifted(d.x)) for d in aligned],
-        "chunks of 1": make_data(replace(case, seeds=features), device),
-        "one chunk of all": make_data(replace(case, seeds=1), device),
-        "uneven chunks": [replace(d, offsets=uneven(d.offsets, features)) for d in make_data(case, device)],
-    }
+def channels_last(case: Case, device: str) -> list[Data]:
+    """As many numbers, as images; the operator's features come last."""
+    images = case.rows * case.features // (CHANNELS * PIXELS * PIXELS)
+    data = make_data(replace(case, rows=images * PIXELS * PIXELS, features=CHANNELS, seeds=16), device)
+    return [replace(d, x=d.x.view(images, PIXELS, PIXELS, CHANNELS)) for d in data]
 
 
-def nchw(x: Tensor, images: int) -> Tensor:
-    """The same numbers of channels and pixels, pixels adjacent; features come last for the operator, as a view."""
-    return x.view(images, -1, x.shape[-1]).transpose(1, 2).contiguous().transpose(1, 2)
+def nchw(case: Case, device: str) -> list[Data]:
+    """The same with pixels adjacent in memory: features still come last, as a view."""
+
+    def planes(x: Tensor) -> Tensor:
+        return x.flatten(1, 2).transpose(1, 2).contiguous().transpose(1, 2)
+
+    return [replace(d, x=planes(d.x)) for d in channels_last(case, device)]
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -56,26 +49,68 @@ def uneven(offsets: Tensor, features: int) -> Tensor:
     return torch.cat((torch.tensor([0]), cuts.sort().values, torch.tensor([features]))).to(offsets)
 
 
-def bench(case: Case, device: str):
-    """One variant at a time, each beside the aligned case in the same run."""
-    made = variants(case, device)
-    base = made.pop("aligned")
-    for name, data in made.items():
-        first = data[0]
-        y = ours(first)()
-        Truth.of(first).check_forward(name, first.x.flatten(0, -2), y.flatten(0, -2))
-        if y.stride() != torch.empty_like(first.x).stride():
-            raise SystemExit(f"{name}: y was not laid out as x is")
-        calls = {"copy": [d.x.clone for d in data], "kasmina_ext": [ours(d) for d in data]}
-        times = timed(calls | {"aligned": [ours(d) for d in base], "aligned copy": [d.x.clone for d in base]}, device)
-        numbers = first.x.numel() / base[0].x.numel()
-        row: Row = {"case": f"{name}: {tuple(first.x.shape)}, {first.x.dtype}".replace("torch.", "")}
-        row["gpu" if device == "cuda" else "cpu"] = times
-        row["times aligned"] = round(times["kasmina_ext"]["p50"] / times["aligned"]["p50"] / numbers, 4)
-        row["times copy"] = round(times["kasmina_ext"]["p50"] / times["copy"]["p50"], 4)
-        yield row
+def unaligned(case: Case, device: str) -> list[Data]:
+    return [replace(d, x=shifted(d.x)) for d in make_data(case, device)]
+
+
+def in_uneven_chunks(case: Case, device: str) -> list[Data]:
+    return [replace(d, offsets=uneven(d.offsets, case.features)) for d in make_data(case, device)]
+
+
+VARIANTS: dict[str, Callable[[Case, str], list[Data]]] = {
+    "NCHW": nchw,
+    "channels_last": channels_last,
+    "one feature less": lambda case, device: make_data(replace(case, features=case.features - 1), device),
+    "address off by one element": unaligned,
+    "chunks of 1": lambda case, device: make_data(replace(case, seeds=case.features), device),
+    "one chunk of all": lambda case, device: make_data(replace(case, seeds=1), device),
+    "uneven chunks": in_uneven_chunks,
+}
+ALIGNED = {
+    "cpu": [Case(2048, 1024, 64, torch.float32)],
+    "cuda": [
+        Case(16384, 8192, 512, torch.bfloat16),
+        Case(16384, 4096, 512, torch.float32),
+    ],
+}
+CASES = {device: [(case, name) for case in aligned for name in VARIANTS] for device, aligned in ALIGNED.items()}
+
+
+def backward(data: Data, grad: Tensor) -> Call:
+    return lambda: ops.chunked_backward(grad, data.x, *data.seeds, data.grad_telemetry, True, True, True)
+
+
+def bench(case_and_variant: tuple[Case, str], device: str) -> Row:
+    """A variant beside the aligned case."""
+    case, name = case_and_variant
+    base, data = make_data(case, device), VARIANTS[name](case, device)
+    first = data[0]
+    y = ours(first)()
+    Truth.of(first).check_forward(name, first.x.flatten(0, -2), y.flatten(0, -2))
+    if y.stride() != torch.empty_like(first.x).stride():
+        raise SystemExit(f"{name}: y was not laid out as x is")
+    grad = torch.randn_like(first.x)
+    dx = backward(first, grad)()[0]
+    Truth.of(first).check_backward(name, grad.flatten(0, -2), dx.flatten(0, -2))
+    grads, aligned_grads = [grad, *(torch.randn_like(d.x) for d in data[1:])], [torch.randn_like(d.x) for d in base]
+    calls = {
+        "copy": [d.x.clone for d in data],
+        "kasmina_ext": [ours(d) for d in data],
+        "kasmina_ext, backward": [backward(d, g) for d, g in zip(data, grads, strict=True)],
+        "aligned copy": [d.x.clone for d in base],
+        "aligned": [ours(d) for d in base],
+        "aligned, backward": [backward(d, g) for d, g in zip(base, aligned_grads, strict=True)],
+    }
+    times = timed(calls, device)
+    numbers = first.x.numel() / base[0].x.numel()
+    row: Row = {"case": f"{name}: {tuple(first.x.shape)}, {first.x.dtype}".replace("torch.", "")}
+    row |= {"bytes": 2 * first.x.numel() * first.x.itemsize, "gpu" if device == "cuda" else "cpu": times}
+    for way in ("", ", backward"):
+        ratio = times[f"kasmina_ext{way}"]["p50"] / times[f"aligned{way}"]["p50"]
+        row[f"times aligned{way}"] = round(ratio / numbers, 4)
+    row["times copy"] = round(times["kasmina_ext"]["p50"] / times["copy"]["p50"], 4)
+    return row
 
 
 if __name__ == "__main__":
-    options = arguments(__doc__).parse_args()
-    keep("bench_layouts", options, (row for case in ALIGNED[options.device] for row in bench(case, options.device)))
+    run("bench_layouts", __doc__, CASES, bench)

@@ -25,20 +25,18 @@ SIZES = (
     (32, 2048, 1000),
     (8, 4096, 2000),
 )
+PACKAGE = "Triton package's scheme, no statistics"
 CASES = {device: [Case(*size, torch.float32) for size in SIZES] for device in ("cpu", "cuda")}
 
 
 def bench(case: Case, device: str) -> Row:
     data = make_data(case, device)
     first, truth = data[0], Truth.of(data[0])
-    truth.check_forward(case.name, first.x, forward.ours(first)())
-    compiled = peers.compiled(case, first, "by column")
-    truth.check_forward("torch.compile", first.x, compiled.forward(first.x))
-    calls = {
-        "copy": [d.x.clone for d in data],
-        "kasmina_ext": [forward.ours(d) for d in data],
-        "torch.compile, by column": [lambda d=d: compiled.forward(d.x) for d in data],
-    }
+    calls = forward.copies(data) | {"kasmina_ext": forward.verified(case, data)}
+    compiled = {name: peers.compiled(case, first, name) for name in ("by column",)}
+    for name, peer in compiled.items():
+        truth.check_forward(name, first.x, peer.forward(first.x))
+        calls[f"torch.compile, {name}"] = [lambda d=d, peer=peer: peer.forward(d.x) for d in data]
     if device == "cuda" and importlib.util.find_spec("triton"):
         import triton_peers
 
@@ -46,14 +44,15 @@ def bench(case: Case, device: str) -> Row:
         truth.check_forward("Triton", first.x, fused.forward(first.x))
         package.forward(first.x)
         calls["Triton"] = [lambda d=d: fused.forward(d.x) for d in data]
-        calls["Triton package's scheme, no statistics"] = [lambda d=d: package.forward(d.x) for d in data]
+        calls[PACKAGE] = [lambda d=d: package.forward(d.x) for d in data]
     times = timed(calls, device)
     row = {"case": case.name, "bytes": 2 * case.bytes, "gpu" if device == "cuda" else "cpu": times}
     if device == "cuda":
-        row["eager"] = eager_times({name: made[0] for name, made in calls.items()}, device)
-    row["times best"] = forward.best(times)
-    if package_time := times.get("Triton package's scheme, no statistics"):
+        row["eager"] = eager_times({name: made[0] for name, made in calls.items()}, device, calls=50, rounds=10)
+    row["times best"] = forward.ratio(times, forward.best_peer(times))
+    if package_time := times.get(PACKAGE):
         row["times package"] = round(times["kasmina_ext"]["p50"] / package_time["p50"], 4)
+        row["times package, eager"] = forward.ratio(row["eager"], PACKAGE)
     return row
 
 

@@ -12,64 +12,75 @@ from peers import Peer, coefficients
 from torch import Tensor
 from workload import Case, Data
 
-SPLIT_ROWS = 512
-"""The most rows of a program. Partial sums of so few stay small, and tall inputs still fill the machine."""
+PROGRAMS = 2048
+"""About as many as keep the machine full: 132 multiprocessors, 8 to 16 programs each."""
 
 
 def _configs() -> list[triton.Config]:
     return [
         triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
-        for rows, columns, warps in ((4, 512, 4), (8, 256, 4), (8, 512, 4), (16, 256, 4), (16, 128, 4), (8, 1024, 8))
+        for rows, columns, warps in ((2, 1024, 4), (4, 512, 4), (8, 256, 4), (16, 128, 4))
     ]
 
 
-@triton.autotune(_configs(), key=["rows", "features"])
+def _bench(kernel, quantiles):
+    return triton.testing.do_bench(kernel, warmup=5, rep=20, quantiles=quantiles)
+
+
+@triton.autotune(_configs(), key=["rows", "features"], do_bench=_bench)
 @triton.jit
-def _blend_and_sum(x, y, a, b, partial, rows, features, split: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _blend_and_sum(x, y, a, b, partial, rows, features, split, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < features
-    scale = tl.load(a + column, mask=there, other=0.0)
-    shift = tl.load(b + column, mask=there, other=0.0)
-    first = tl.zeros([COLUMNS], tl.float32)
-    second = tl.zeros([COLUMNS], tl.float32)
+    scale = tl.load(a + column, mask=there, other=0.0)[None, :]
+    shift = tl.load(b + column, mask=there, other=0.0)[None, :]
+    first = tl.zeros([ROWS, COLUMNS], tl.float32)
+    second = tl.zeros([ROWS, COLUMNS], tl.float32)
     start = tl.program_id(1) * split
     for offset in range(0, split, ROWS):
         row = start + offset + tl.arange(0, ROWS)
         at = row.to(tl.int64)[:, None] * features + column[None, :]
         mask = (row < rows)[:, None] & there[None, :]
         value = tl.load(x + at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        tl.store(y + at, (value * scale[None, :] + shift[None, :]).to(y.dtype.element_ty), mask=mask)
-        first += tl.sum(value, 0)
-        second += tl.sum(value * value, 0)
+        tl.store(y + at, (value * scale + shift).to(y.dtype.element_ty), mask=mask)
+        first += value
+        second += value * value
     into = partial + tl.program_id(1) * 2 * features + column
-    tl.store(into, first, mask=there)
-    tl.store(into + features, second, mask=there)
+    tl.store(into, tl.sum(first, 0), mask=there)
+    tl.store(into + features, tl.sum(second, 0), mask=there)
 
 
 @triton.jit
-def _merge(partial, sums, splits, features, seeds, chunk, SEEDS: tl.constexpr, CHUNK: tl.constexpr):
+def _merge(
+    partial, sums, splits, features, seeds, chunk, SPLITS: tl.constexpr, SEEDS: tl.constexpr, CHUNK: tl.constexpr
+):
     seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
     inside = tl.arange(0, CHUNK)
     mask = (seed < seeds)[:, None] & (inside < chunk)[None, :]
-    column = seed[:, None] * chunk + inside[None, :]
+    column = tl.reshape(seed[:, None] * chunk + inside[None, :], [SEEDS * CHUNK])
+    owned = tl.reshape(mask, [SEEDS * CHUNK])
     which = tl.program_id(1)
-    total = tl.zeros([SEEDS, CHUNK], tl.float32)
-    for split in range(0, splits):
-        total += tl.load(partial + (2 * split + which) * features + column, mask=mask, other=0.0)
+    total = tl.zeros([SPLITS, SEEDS * CHUNK], tl.float32)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        at = (2 * split + which)[:, None] * features + column[None, :]
+        total += tl.load(partial + at, mask=(split < splits)[:, None] & owned[None, :], other=0.0)
+    by_seed = tl.sum(tl.reshape(tl.sum(total, 0), [SEEDS, CHUNK]), 1)
     into = sums + which * seeds + seed
-    tl.store(into, tl.load(into, mask=seed < seeds, other=0.0) + tl.sum(total, 1), mask=seed < seeds)
+    tl.store(into, tl.load(into, mask=seed < seeds, other=0.0) + by_seed, mask=seed < seeds)
 
 
 def fused(case: Case, data: Data) -> Peer:
     """One pass over x, then a small merge of its partial sums."""
     a, b = coefficients(data)
     rows, features, seeds = case.rows, case.features, case.seeds
-    split = max(16, min(SPLIT_ROWS, triton.next_power_of_2(rows) // 64))
+    split = min(256, max(16, triton.next_power_of_2(rows * triton.cdiv(features, 512) // PROGRAMS)))
     splits = triton.cdiv(rows, split)
     sums = torch.zeros(2, seeds, device=data.x.device)
     partial = torch.empty(splits, 2, features, device=data.x.device)
     block = triton.next_power_of_2(case.chunk)
-    together = max(1, 256 // block)
+    together = max(1, 64 // block)
+    at_once = max(1, min(triton.next_power_of_2(splits), 4096 // (together * block)))
 
     def forward(x: Tensor) -> Tensor:
         y = torch.empty_like(x)
@@ -77,7 +88,7 @@ def fused(case: Case, data: Data) -> Peer:
             x, y, a, b, partial, rows, features, split
         )
         _merge[(triton.cdiv(seeds, together), 2)](
-            partial, sums, splits, features, seeds, case.chunk, SEEDS=together, CHUNK=block
+            partial, sums, splits, features, seeds, case.chunk, SPLITS=at_once, SEEDS=together, CHUNK=block
         )
         return y
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import timing
 import torch
 from torch import Tensor
 
@@ -72,7 +73,15 @@ def make_data(case: Case, device: str, tensors: int = 2) -> list[Data]:
         grad_telemetry=torch.zeros(case.seeds, 3, dtype=torch.float64, device=device),
     )
     copies = min(MOST_COPIES, max(2, ROTATED_BYTES[device] // (tensors * case.bytes)))
+    if timing.compile_only:
+        copies = 1
     return [replace(data, x=data.x.clone()) for _ in range(copies)]
+
+
+def rounding(dtype: torch.dtype) -> tuple[float, float]:
+    """The step between numbers of a type: relative, and where they are subnormal (float16: below 6e-5) absolute."""
+    limits = torch.finfo(dtype)
+    return limits.eps, limits.smallest_normal * limits.eps
 
 
 # ---- The truth, in float64: y = a x + b, and its derivatives ----
@@ -105,21 +114,45 @@ class Truth:
 
     def check_forward(self, name: str, x: Tensor, y: Tensor) -> None:
         """y within the roundings of x's type; row blocks, so that float64 copies stay small."""
-        epsilon = torch.finfo(x.dtype).eps
+        epsilon, least = rounding(x.dtype)
         for rows in range(0, len(x), 4096):
             part = x[rows : rows + 4096].double()
             expected = self.a * part + self.b
-            room = 2 * epsilon * ((self.size * part).abs() + self.b.abs())
+            room = 2 * epsilon * ((self.size * part).abs() + self.b.abs()) + least
             if not bool(((y[rows : rows + 4096].double() - expected).abs() <= room).all()):
                 raise SystemExit(f"{name}: y is wrong, so there is nothing to time")
 
     def check_backward(self, name: str, grad: Tensor, dx: Tensor) -> None:
-        epsilon = torch.finfo(grad.dtype).eps
+        epsilon, least = rounding(grad.dtype)
         for rows in range(0, len(grad), 4096):
             part = grad[rows : rows + 4096].double()
-            room = 2 * epsilon * (self.size * part).abs()
+            room = 2 * epsilon * (self.size * part).abs() + least
             if not bool(((dx[rows : rows + 4096].double() - self.a * part).abs() <= room).all()):
                 raise SystemExit(f"{name}: dx is wrong, so there is nothing to time")
+
+    def parameter_gradients(self, data: Data, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the bank [2, H] and of alpha [S], from the derivatives of a and b, as above."""
+        features, seeds = grad.shape[-1], len(data.alpha)
+        u, v = (torch.zeros(features, dtype=torch.float64, device=grad.device) for _ in range(2))
+        for rows in range(0, len(grad), 4096):
+            part = grad[rows : rows + 4096].double()
+            u += (part * data.x[rows : rows + 4096].double()).sum(0)
+            v += part.sum(0)
+        owned = self.seed >= 0
+        at = self.seed.clamp(min=0)
+        alpha, strategy, w = data.alpha.double()[at], data.state[3][at], data.weights[0].double()
+        zero = torch.zeros_like(w)
+        da_dw, db_dw = (
+            torch.where(strategy == MULTIPLICATIVE, alpha, zero),
+            torch.where(strategy == ADDITIVE, alpha, torch.where(strategy == MIXED, alpha / 2, zero)),
+        )
+        da = torch.where(strategy == MULTIPLICATIVE, w - 1, torch.where(strategy == MIXED, zero - 0.5, zero))
+        db = torch.where(strategy == ADDITIVE, w, torch.where(strategy == MIXED, w / 2, zero))
+        dw = torch.zeros_like(data.weights, dtype=torch.float64)
+        dw[0] = torch.where(owned, da_dw * u + db_dw * v, zero)
+        dalpha = torch.zeros(seeds, dtype=torch.float64, device=grad.device)
+        dalpha.index_add_(0, at[owned], (da * u + db * v)[owned])
+        return dw, dalpha
 
     def check_moments(self, name: str, x: Tensor, mean: Tensor, variance: Tensor, tolerance: float = 1e-3) -> None:
         """Of each seed that owns features: mean within the tolerance of a deviation, variance relative to itself."""
