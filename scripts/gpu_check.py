@@ -26,7 +26,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LOGS = evidence.ROOT / "build/gpu_check"
 
 THREADS = 4  # of a process
-CORES_FOR_BOTH = 24  # tests and sanitizers
+CORES_FOR_BOTH = 16  # tests and sanitizers
 MODULE = "_C.abi3.so"
 CANARY = "kasmina_canary"
 

@@ -20,7 +20,7 @@ using namespace kasmina;
  * 1024 float32, 256 seeds: 6.2 us and 8.2). Without sums the pass alone is faster sooner (128 x 1024: 4.5 and 3.5).
  */
 constexpr int64_t SMALL_ELEMENTS = 1 << 19;
-constexpr int64_t SMALL_ELEMENTS_OF_SEED = 1 << 12;
+constexpr int64_t SMALL_ELEMENTS_OF_SEED = 1 << 13;
 constexpr int64_t SMALL_ELEMENTS_WITHOUT_SUMS = 1 << 16;
 /* So many threads fill the device; with more elements, each has several. */
 constexpr int64_t SMALL_THREADS = SMALL_ELEMENTS / SMALL_ROWS;
