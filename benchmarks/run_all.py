@@ -50,7 +50,7 @@ STEPS = (
     Step("bench_state_update", 12),
     Step("bench_training", 30, parts=2),
     Step("profile_kernels", 60, devices=("cuda",)),
-    Step("bench_cpu", 75, parts=8),
+    Step("bench_cpu", 75, parts=6),
     Step("bench_pair_moments", 10, parts=2),
     Step("bench_reconstruction_loss", 10, parts=2),
     Step("bench_telemetry_merge", 8),
@@ -62,7 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     parser.add_argument("--quick", action="store_true", help="one case of each, not for long")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these, e.g. bench_report")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these, in this order, e.g. bench_report")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds that all of it may take")
     parser.add_argument(
         "--out", type=Path, help="folder of the records (default benchmarks/results; with --quick build/quick)"
@@ -81,7 +81,9 @@ def main() -> int:
     set_caches()
     load()
     device = options.device or found_device()
-    steps = [s for s in STEPS if device in s.devices and (not options.only or s.name in options.only)]
+    steps = [step for step in STEPS if device in step.devices]
+    if options.only:
+        steps = [step for name in options.only for step in steps if step.name == name]
     print(f"{device}, {time.monotonic() - started:.0f} s to load", flush=True)
     common = ["--device", device, "--out", str(options.out)]
     if options.check or device == "cuda" and not options.no_compile_ahead:

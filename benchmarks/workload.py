@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import timing
@@ -10,6 +11,7 @@ from torch import Tensor
 
 ROTATED_BYTES = {"cuda": 1 << 30, "cpu": 256 << 20}  # more than caches hold: 60 MB in an H200, 100 and more in CPUs
 MOST_COPIES = 512
+BLOCK = 1 << 21  # numbers that are compared at once: their float64 copies stay small
 GRAFTING = 3
 MULTIPLICATIVE, ADDITIVE, MIXED = range(3)
 
@@ -78,6 +80,12 @@ def make_data(case: Case, device: str, tensors: int = 2) -> list[Data]:
     return [replace(data, x=data.x.clone()) for _ in range(copies)]
 
 
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Of rows."""
+    count = max(1, BLOCK // x.shape[-1])
+    return (slice(row, row + count) for row in range(0, len(x), count))
+
+
 def rounding(dtype: torch.dtype) -> tuple[float, float]:
     """The step between numbers of a type: relative, and where they are subnormal (float16: below 6e-5) absolute."""
     limits = torch.finfo(dtype)
@@ -113,30 +121,30 @@ class Truth:
         return cls(a, b, torch.where(owned, seed, -1), 1 + alpha * w.abs())
 
     def check_forward(self, name: str, x: Tensor, y: Tensor) -> None:
-        """y within the roundings of x's type; row blocks, so that float64 copies stay small."""
+        """y within the roundings of x's type."""
         epsilon, least = rounding(x.dtype)
-        for rows in range(0, len(x), 4096):
-            part = x[rows : rows + 4096].double()
+        for rows in blocks(x):
+            part = x[rows].double()
             expected = self.a * part + self.b
             room = 2 * epsilon * ((self.size * part).abs() + self.b.abs()) + least
-            if not bool(((y[rows : rows + 4096].double() - expected).abs() <= room).all()):
+            if not bool(((y[rows].double() - expected).abs() <= room).all()):
                 raise SystemExit(f"{name}: y is wrong, so there is nothing to time")
 
     def check_backward(self, name: str, grad: Tensor, dx: Tensor) -> None:
         epsilon, least = rounding(grad.dtype)
-        for rows in range(0, len(grad), 4096):
-            part = grad[rows : rows + 4096].double()
+        for rows in blocks(grad):
+            part = grad[rows].double()
             room = 2 * epsilon * (self.size * part).abs() + least
-            if not bool(((dx[rows : rows + 4096].double() - self.a * part).abs() <= room).all()):
+            if not bool(((dx[rows].double() - self.a * part).abs() <= room).all()):
                 raise SystemExit(f"{name}: dx is wrong, so there is nothing to time")
 
     def parameter_gradients(self, data: Data, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Of the bank [2, H] and of alpha [S], from the derivatives of a and b, as above."""
         features, seeds = grad.shape[-1], len(data.alpha)
         u, v = (torch.zeros(features, dtype=torch.float64, device=grad.device) for _ in range(2))
-        for rows in range(0, len(grad), 4096):
-            part = grad[rows : rows + 4096].double()
-            u += (part * data.x[rows : rows + 4096].double()).sum(0)
+        for rows in blocks(grad):
+            part = grad[rows].double()
+            u += (part * data.x[rows].double()).sum(0)
             v += part.sum(0)
         owned = self.seed >= 0
         at = self.seed.clamp(min=0)
@@ -159,8 +167,8 @@ class Truth:
         owned = self.seed >= 0
         index = self.seed[owned]
         sums = [torch.zeros(len(mean), dtype=torch.float64, device=x.device) for _ in range(3)]
-        for rows in range(0, len(x), 4096):
-            part = x[rows : rows + 4096].double()[:, owned]
+        for rows in blocks(x):
+            part = x[rows].double()[:, owned]
             for total, values in zip(sums, (torch.ones_like(part), part, part * part), strict=True):
                 total.index_add_(0, index, values.sum(0))
         count, first, second = sums
