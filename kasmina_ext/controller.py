@@ -458,8 +458,10 @@ class GrowthController:
         self._lives += entered == _S.GERMINATED
         resets = begins_or_ends(entered)
         broken = resets & (entered > _S.FOSSILIZED) & (seeds.nonfinite > 0)
-        for side, *of_side in zip(sides, requested, *map(self._sides.spread, (resets, broken)), strict=True):
-            side.follow(*of_side, self.optimizer)
+        for side, made, of_side in zip(sides, requested, self._sides.spread(broken), strict=True):
+            side.make_neutral(made, of_side)
+        for side, made, of_side in zip(sides, requested, self._sides.spread(resets), strict=True):
+            side.forget(made.state, begins_or_ends(made.changed), of_side, self.optimizer)
         if ranks.rank == 0:
             self._record(seeds, entered, applied)
         return entered

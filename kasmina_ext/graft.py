@@ -115,7 +115,7 @@ def graft_(
         settings["num_blueprints"] = strategy.rows
     _check_not_wrapped(model, "graft")
     sites = sites_in(model)
-    chosen, skipped = _choose(sites, which, exclude)
+    chosen, skipped = _choose(model, sites, which, exclude)
     is_first = not any(site.is_grafted for site in sites)
     with torch.inference_mode(False), contextlib.ExitStack() as undo:
         layers = {site: _layer_for(site, chunk_size, strategy, settings) for site in chosen}
@@ -231,10 +231,12 @@ class _Wanted(NamedTuple):
     pattern: str = ""
     is_particular: bool = True
     """A pattern or a module, which is a mistake where it finds nothing; a class or a predicate may suit many models."""
+    module: nn.Module | None = None
 
 
-def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site], dict[str, str]]:
+def _choose(model: nn.Module, sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site], dict[str, str]]:
     """The modules to graft, and by name why others that were found are not."""
+    parts = set(model.modules())  # any of them may be excluded, also those that could not be grafted
     wanted, unwanted = list(_wanted(which, "which")), list(_wanted(exclude, "exclude"))
     if not wanted:
         raise ValueError("which is empty: give a pattern, a predicate, a class, a module or a list of these")
@@ -256,7 +258,7 @@ def _choose(sites: list[Site], which: Which, exclude: Which) -> tuple[list[Site]
             else:
                 chosen[site] = None
     for entry in unwanted:
-        if entry.is_particular and not any(entry.finds(site) for site in sites):
+        if entry.is_particular and entry.module not in parts and not any(entry.finds(site) for site in sites):
             raise ValueError(_nothing_found(entry, sites, "exclude: "))
     if not chosen:
         reasons = [f"{name or '(model)'}: {reason}" for name, reason in skipped.items()]
@@ -279,6 +281,7 @@ def _wanted(which: Which, what: str) -> Iterator[_Wanted]:
             f"the {type(which).__name__} given",
             lambda site: site.module in inside or site.plain in inside,
             lambda site: site.module is which,
+            module=which,
         )
     elif isinstance(which, Iterable):
         for entry in which:

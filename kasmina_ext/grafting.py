@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kasmina_ext import reference_lifecycle
 from kasmina_ext.arguments import parse_choice
 
 
@@ -76,10 +75,19 @@ def ramp(schedule: AlphaSchedule | int | str, t: float) -> float:
     scaled to reach 0 and 1. ValueError for no schedule: alpha is then the caller's.
     """
     schedule = AlphaSchedule.parse(schedule)
-    if schedule is AlphaSchedule.NONE:
-        raise ValueError("no alpha schedule: there is no ramp to evaluate")
-    done = torch.tensor(min(1.0, max(0.0, float(t))), dtype=torch.float64, device="cpu")
-    return reference_lifecycle.ramp(int(schedule), done).item()
+    t = min(1.0, max(0.0, float(t)))
+    if schedule is AlphaSchedule.LINEAR:
+        return t
+    if schedule is AlphaSchedule.COSINE:
+        return (1.0 - math.cos(math.pi * t)) / 2.0
+    if schedule is AlphaSchedule.SIGMOID:
+        low, high = _logistic(-6.0), _logistic(6.0)
+        return (_logistic(12.0 * (t - 0.5)) - low) / (high - low)
+    raise ValueError("no alpha schedule: there is no ramp to evaluate")
+
+
+def _logistic(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))
 
 
 # ---- alpha for one seed, from Python -------------------------------------------------------------

@@ -41,6 +41,9 @@ def taken_from(
     devices = [layer.device for layer in layers]
     per_layer = [torch.empty(layer.num_seeds, dtype=torch.float64, device="meta") for layer in layers]
     given, of_layers = state["reconstruction"], _as_many("snapshots", state["snapshots"], layers)
+    snapshots = [_moved_snapshots(each, layer) for each, layer in zip(of_layers, layers, strict=True)]
+    if len({len(each) for each in snapshots}) > 1:
+        raise ValueError("snapshots in the state are of different ticks")
     return {
         "budget": checked_budget(state["budget"]),
         "steps": at_least("steps", state["steps"], 0),
@@ -49,7 +52,7 @@ def taken_from(
         "losses": _moved("losses", [state["losses"]], [losses], devices[:1])[0],
         "watched": _moved("watched", state["watched"], watched, devices),
         "reconstruction": None if given is None else _moved("reconstruction", given, per_layer, devices),
-        "snapshots": [_moved_snapshots(each, layer) for each, layer in zip(of_layers, layers, strict=True)],
+        "snapshots": snapshots,
     }
 
 

@@ -324,7 +324,7 @@ class KasminaLayer(SeedTransitions, BlueprintBank, LayerCheckpoints, AcrossRanks
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         unwrap_keys(self, state_dict, prefix)
-        forget_overflows(state_dict, prefix)
+        forget_overflows(self, state_dict, prefix)
         problems, absent = adopt_triton_layout(self, state_dict, prefix, missing_keys)
         problems += problems_in(self, state_dict, prefix)
         if problems:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from kasmina_ext._dispatch import lifecycle_ops
 from kasmina_ext.bank import neutral_first, rows_of
 from kasmina_ext.layer import KasminaLayer
-from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules, begins_or_ends
+from kasmina_ext.lifecycle import ExtendedLifecycle, TransitionRules
 from kasmina_ext.measure import Layout
 from kasmina_ext.placement import write
 from kasmina_ext.policy import STAY
@@ -73,7 +73,7 @@ class SideBySide(Layout):
 
     def request(self, targets: Tensor, rules: TransitionRules) -> Requested:
         """``request_state_transitions(ids, targets, rules=rules)`` of each layer, for the seeds whose ``targets``, int32
-        ``[T]``, are not STAY. Of what transitions bring with them alphas are written; :meth:`follow` does the rest.
+        ``[T]``, are not STAY. Of what transitions bring with them alphas are written; :meth:`make_neutral` and :meth:`forget` do the rest.
         """
         state = self.buffer("state")
         before = state[StateVar.LIFECYCLE_STATE]
@@ -97,18 +97,17 @@ class SideBySide(Layout):
             layer._begin_or_end_ramp(begins, ends)
         return Requested(torch.cat(verdicts), changed, state)
 
-    def follow(self, requested: Requested, ended: Tensor, broken: Tensor, optimizer: Optimizer | None) -> None:
-        """What blueprints that begin or end bring with them: neutral ones where seeds germinated and where ``broken``, no
-        gradients from before and, where ``ended`` (both bool ``[T]``), no moments.
+    def make_neutral(self, requested: Requested, broken: Tensor) -> None:
+        """Neutral blueprints where seeds germinated and where ``broken``, bool ``[T]``. The first thing after a request: if
+        anything later fails, no seed is left with the weights of another life.
         """
         owner, owned = self.feature_owner()
-        self.forget(requested.state, begins_or_ends(requested.changed), ended, optimizer, (owner, owned))
         chosen = (requested.changed == _GERMINATED) | broken
         is_first, is_second = rows_of(chosen, requested.state, owner, owned, self.num_blueprints)
         first = neutral_first(requested.state, self.buffer("telemetry"))[owner]
-        pieces = self._by_layer(is_first | is_second, torch.where(is_first, first, 0.0))
-        for layer, mask, values in pieces:
-            layer._write_bank(mask, values)
+        of_layers = first.split(self.features)
+        for (layer, firsts, seconds), values in zip(self._by_layer(is_first, is_second), of_layers, strict=True):
+            layer._write_bank(firsts | seconds, torch.where(firsts, values, 0.0))
 
     def forget(
         self,

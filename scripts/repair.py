@@ -138,13 +138,15 @@ def methods_for(seed: int) -> list[str]:
 
 def expected_seconds(parts: dict[str, dict[str, Any]], damage: str, method: str, seed: int) -> float:
     """As long as it took at most for another damage, with a climb to the best rate (the first random seed) or without; else
-    the first one's share without the climb; 0 where nothing is known.
+    the first one's share without the climb; where nothing is known, as long as the longest so far.
     """
     same = [name for name in parts if name.split("/")[1:2] == [method] and (seed_of(name) > 0) == (seed > 0)]
     if same:
         return max(parts[name]["seconds"] for name in same)
     first = parts.get(f"{damage}/{method}/0")
-    return first["seconds"] / len(first.get("tried", "1")) if first else 0.0
+    if first:
+        return first["seconds"] / len(first.get("tried", "1"))
+    return max((part["seconds"] for part in parts.values() if "seconds" in part), default=0.0)
 
 
 def base_network(journal: Journal, corpus: char_gpt.Corpus, sizes: gpt.Sizes, clock: Clock) -> char_gpt.GPT:

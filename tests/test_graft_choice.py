@@ -63,6 +63,12 @@ def test_left_out():
         graft_(Model(), "norm", exclude="last_norm")
 
 
+def test_any_part_of_the_model_may_be_left_out():
+    """Also one that could have no seeds: nobody mistakes it for another."""
+    model = Model()
+    assert list(graft_(model, "*", exclude=[*model.blocks.modules()], table=False).layers) == ["embed", "norm", "head"]
+
+
 def test_what_is_to_be_left_out_must_be_there():
     """Else what a slip of the pen was to keep out would have seeds."""
     for exclude, message in (

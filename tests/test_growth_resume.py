@@ -60,6 +60,8 @@ def test_a_state_of_another_controller_is_refused():
             run.control.load_state_dict(wrong)
     with pytest.raises(ValueError, match="other banks"):
         run.control.load_state_dict(saved | {"snapshots": [[torch.zeros(1, 1)], []]})
+    with pytest.raises(ValueError, match="different ticks"):
+        run.control.load_state_dict(saved | {"snapshots": [[run.control.layers[0].blueprint_weights.detach()], []]})
     after = run.control.state_dict()
     assert after["steps"] == before["steps"] == 5 and torch.equal(after["lives"], before["lives"])
 

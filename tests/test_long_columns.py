@@ -93,3 +93,37 @@ def test_a_column_goes_wrong_after_many_rows(device: torch.device):
         assert ((got - u).abs()[fits] <= 4e-6 * spread[fits] + 1e-44).all()
     of_sums = grad_telemetry[:, 2]
     assert of_sums[2].item() == 0 and of_sums[DAMAGED:].eq(1).all(), "only sums that are not finite are left out"
+
+
+def test_an_outlier_in_the_first_row(device: torch.device):
+    """What a thread sees first is what it sums about, and must not be so for all of a long column."""
+    rows, features, chunk = (40_000, 4096, 16) if device.type == "cuda" else (4_000, 256, 16)
+    x = torch.randn(rows, features, device=device)
+    x[0] = 3e7
+    offsets = torch.arange(0, features + 1, chunk, dtype=torch.int32, device=device)
+    telemetry = torch.zeros(features // chunk, 5, dtype=torch.float64, device=device)
+    checks.ops.telemetry_update(x, offsets, telemetry)
+    for seed in (0, 7, features // chunk - 1):
+        numbers = x[:, seed * chunk : (seed + 1) * chunk].double()
+        variance, mean = numbers.var(correction=0).item(), numbers.mean().item()
+        assert telemetry[seed, 1].item() == pytest.approx(mean, abs=1e-6 * (abs(mean) + variance**0.5))
+        assert telemetry[seed, 2].item() == pytest.approx(variance * numbers.numel(), rel=5e-5)
+
+
+def test_alignment_changes_no_bit(device: torch.device):
+    """Rows of a thread, on an H200 about 66 to 69, end in all ways within a group of 64."""
+    features = 128
+    for rows in range(140_000, 147_000, 700) if device.type == "cuda" else (1000, 1003):
+        numbers = torch.randn(rows * features + 1, device=device)
+        offset = numbers[1:].view(rows, features)
+        offsets = torch.tensor([0, 30, features], dtype=torch.int32, device=device)
+        state = torch.zeros(8, 2, dtype=torch.int32, device=device)
+        bank, alpha = torch.ones(2, features, device=device), torch.ones(2, device=device)
+        results = []
+        for x in (offset, offset.clone()):
+            telemetry = torch.zeros(2, 5, dtype=torch.float64, device=device)
+            grad_telemetry = torch.zeros(2, 3, dtype=torch.float64, device=device)
+            checks.ops.telemetry_update(x, offsets, telemetry)
+            checks.ops.chunked_backward(x, x, offsets, state, alpha, bank, grad_telemetry, False, False, False)
+            results.append(torch.cat((telemetry, grad_telemetry), 1))
+        assert torch.equal(*results), rows

@@ -94,7 +94,8 @@ def test_requests_are_those_of_each_layer(device, rows, dtype, seed):
     side = SideBySide(made)
     requested = side.request(targets, ANY)
     ended = begins_or_ends(requested.changed)
-    side.follow(requested, ended, broken, optimizer)
+    side.make_neutral(requested, broken)
+    side.forget(requested.state, ended, ended, optimizer)
 
     verdicts, entered = [], []
     pieces = zip(
@@ -113,6 +114,26 @@ def test_requests_are_those_of_each_layer(device, rows, dtype, seed):
     assert (requested.changed == ExtendedLifecycle.GERMINATED).any() and ended.any()
     for found, expected in zip(everything(made, optimizer), everything(*twins), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_an_error_half_way_leaves_no_seed_with_weights_of_another_life():
+    made = [KasminaLayer(torch.nn.Linear(4, 4), num_seeds=2, strategy="multiplicative") for _ in range(2)]
+    for layer in made:
+        layer.blueprint_weights.data.fill_(7.0)
+    optimizer = torch.optim.Adam([layer.blueprint_weights for layer in made])
+
+    def fails(optimizer):
+        raise torch.OutOfMemoryError("no memory for it")
+
+    made[0].moments = fails
+    grow = GrowthController(
+        made, optimizer, tick_every=1, watch=1, budget=1.0, policy=lambda seeds: torch.ones_like(seeds.lifecycle)
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        grow.step()
+    for layer in made:
+        assert layer.lifecycle_states.eq(ExtendedLifecycle.GERMINATED).all()
+        assert layer.blueprint_weights[0].eq(1).all()
 
 
 def test_banks_of_other_sizes_are_other_groups():

@@ -92,6 +92,14 @@ def test_counts_that_a_cast_made_infinite_are_forgotten(device):
     assert torch.equal(other.telemetry, kept)
     assert torch.equal(other.state, layer.state) and torch.equal(other.alpha, layer.alpha.half().float())
     assert other.seed_report()[1]["count"] == 0
+    layer.grad_telemetry[2] = torch.tensor([1e6, 0.5, 9.0])
+    layer.telemetry[3] = torch.tensor([10, 0.5, 1e6, 3, 0])
+    other.load_state_dict({n: t.half() if t.is_floating_point() else t for n, t in layer.state_dict().items()})
+    assert other.grad_telemetry[2].eq(0).all() and other.telemetry[3].eq(0).all()
+    assert torch.equal(other.grad_telemetry[:2], layer.grad_telemetry[:2].half().double())
+    narrow = layer.state_dict() | {"telemetry": torch.zeros(4, 3, dtype=torch.float16, device=device)}
+    with pytest.raises(RuntimeError, match="telemetry"):
+        other.load_state_dict(narrow)
     with pytest.raises(RuntimeError, match="telemetry.*got inf in a count"):  # no cast's doing
         other.load_state_dict(layer.state_dict() | {"telemetry": torch.full((4, 5), torch.inf, device=device)})
 

@@ -120,14 +120,14 @@ cudaError_t launch_seeds(const kasmina_backward_args *args, const double2 *total
 
 grid_wish wished_grid(const kasmina_cuda_device &device)
 {
-    return {(int64_t)device.multiprocessors * BACKWARD_BLOCKS_PER_SM, 1};
+    return {(int64_t)device.multiprocessors * BACKWARD_BLOCKS_PER_SM, 1, device.pass_threads};
 }
 
 template <kasmina_dtype D, bool SUMS>
 cudaError_t launch_backward(const backward_params &params, bool dependent, void *stream)
 {
     const tiling &t = params.tiles;
-    const size_t shared = backward_tables<D, SUMS>::total_bytes(t);
+    const size_t shared = backward_tables<D, SUMS>::total_bytes(t, params.threads);
     return launch(backward_kernel<D, SUMS>, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream,
                   dependent);
 }
@@ -193,6 +193,7 @@ int kasmina_chunked_backward_cuda(const kasmina_backward_args *args, void *strea
     params.x = args->x;
     params.grad_x = args->grad_x;
     params.granules = granules_of(args->grad_y, sums ? args->x : NULL);
+    params.threads = device.pass_threads;
     error = launch_backward(args->dtype, params, sums, device.dependent_launch, stream);
     if (error != cudaSuccess || !sums) return error;
 

@@ -18,7 +18,7 @@ namespace kasmina
 constexpr int BACKWARD_BLOCKS_PER_SM = 2;
 constexpr int BACKWARD_ROWS = 2;
 constexpr int BACKWARD_STAGES = 4;
-/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 36 + 2 additions is ~1e-6. */
+/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 32 + 2 additions is ~1e-6. */
 constexpr int BACKWARD_GROUP = 64;
 
 struct backward_params {
@@ -29,6 +29,7 @@ struct backward_params {
     const void *x;
     void *grad_x;
     int granules; /* see row_ring.cuh */
+    int threads;  /* see PASS_THREADS */
 };
 
 /* ---- A block's shared memory ---- */
@@ -44,12 +45,17 @@ template <kasmina_dtype D, bool SUMS> struct backward_tables {
     block_place *place;
     coefficient_table<T> blend;
 
-    static size_t total_bytes(const tiling &t)
+    static constexpr size_t bytes(int width, int threads, int pass_threads)
     {
-        const size_t width = (size_t)t.width, blend_bytes = width * (2 * sizeof(T) + sizeof(uint32_t));
-        const size_t sums = (size_t)(thread_sums<VEC>::count(t) + sum_columns(t));
-        return ring::BYTES + sizeof(block_place) + blend_bytes +
-               (SUMS ? sums * sizeof(double2) + width * sizeof(int32_t) : 0);
+        const size_t sums = (size_t)(threads * VEC + (width > threads ? width : threads)) * sizeof(double2);
+        const size_t blend_bytes = (size_t)width * (2 * sizeof(T) + sizeof(uint32_t));
+        return ring::bytes(pass_threads) + sizeof(block_place) + blend_bytes +
+               (SUMS ? sums + (size_t)width * sizeof(int32_t) : 0);
+    }
+    static size_t total_bytes(const tiling &t, int pass_threads)
+    {
+        static_assert(bytes(MAX_LANES * VEC, BLOCK / 2, BLOCK / 2) <= LEAST_SHARED_BYTES, "older GPUs");
+        return bytes(t.width, t.threads(), pass_threads);
     }
     __device__ __forceinline__ backward_tables(const tiling &t)
     {
@@ -92,7 +98,6 @@ template <kasmina_dtype D> struct gradient_sums {
     static constexpr int VEC = way::VEC;
 
     T u[VEC], v[VEC];
-    int seen = 0;       /* rows */
     unsigned again = 0; /* a bit for each column that float32 could not hold */
 
     __device__ __forceinline__ gradient_sums()
@@ -104,7 +109,6 @@ template <kasmina_dtype D> struct gradient_sums {
     template <int ROWS>
     __device__ __forceinline__ void add(const vector_bits (&rows_g)[ROWS], const vector_bits (&rows_x)[ROWS])
     {
-        seen += ROWS;
         T g[ROWS][VEC], x[ROWS][VEC];
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
@@ -134,7 +138,6 @@ template <kasmina_dtype D> struct gradient_sums {
             part = again >> j & 1u ? make_double2(0.0, 0.0) : sum;
             u[j] = v[j] = (T)0;
         }
-        seen = 0;
     }
 };
 
@@ -257,13 +260,13 @@ __global__ void __launch_bounds__(BLOCK, BACKWARD_BLOCKS_PER_SM)
     const bool turns = !t.plane && p.granules == 1 && misalignment(p.grad_x) == 0;
 #pragma unroll 1
     while (thread.walk.left > 0) {
+        /* A group is 64 rows, whichever way they are walked: its bits do not depend on the alignment. */
+        int rows = thread.walk.left;
         if (turns && edge) thread.template walk_group<true>(p);
         if (turns && !edge) thread.template walk_group<false>(p);
+        rows -= thread.walk.left;
 #pragma unroll 1
-        for (int rows = 0; rows < BACKWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) {
-            if (turns && thread.walk.left >= thread.ring.TURN) break; /* another group */
-            thread.round(p);
-        }
+        for (; rows < BACKWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) thread.round(p);
         if constexpr (SUMS) thread.sums.put_away(t, tables(t).parts);
     }
 

@@ -59,14 +59,14 @@ grid_wish wished_grid(const kasmina_cuda_device &device, const kasmina_forward_a
 {
     const int64_t row_bytes = args->layout.features * args->layout.inner * element_size(args->dtype);
     return {(int64_t)device.multiprocessors * forward_blocks_per_sm(collect),
-            forward_waves(collect, row_bytes % VECTOR_BYTES != 0)};
+            forward_waves(collect, row_bytes % VECTOR_BYTES != 0), device.pass_threads};
 }
 
 template <kasmina_dtype D>
 cudaError_t launch_forward(const forward_params &params, bool collect, bool dependent, void *stream)
 {
     const tiling &t = params.tiles;
-    const size_t shared = forward_tables<D>::total_bytes(t, collect);
+    const size_t shared = forward_tables<D>::total_bytes(t, params.threads, collect);
     void (*kernel)(forward_params) = collect ? forward_kernel<D, true> : forward_kernel<D, false>;
     return launch(kernel, params, (int64_t)t.tiles * t.splits, t.threads(), shared, stream, dependent);
 }
@@ -166,6 +166,7 @@ int kasmina_chunked_forward_cuda(const kasmina_forward_args *args, void *stream)
     params.x = args->x;
     params.y = args->y;
     params.granules = granules_of(args->x, NULL);
+    params.threads = device.pass_threads;
     if (collect) (void)place_partials(params.tiles, args->workspace, &params.out);
     error = launch_forward(args->dtype, params, collect, device.dependent_launch, stream);
     if (error != cudaSuccess || !collect) return error;

@@ -95,6 +95,7 @@ struct merge_job {
 /* A seed that no feature serves has seen nothing but the batch. */
 __device__ __forceinline__ void count_batch(const merge_params &p, int64_t seed)
 {
+    wait_for_primary();
     if (seed >= p.table.seeds.chunks.count) return;
     const seed_range range = range_of(p.table, seed);
     if (range.first < range.last && seed_beginning_at(p.table, range.first) == seed) return;

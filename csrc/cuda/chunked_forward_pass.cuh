@@ -1,7 +1,7 @@
 /*
  * The pass over x: y = blend(x), and the sums of x for each seed.
  *
- * Numbers of one column are summed in float32 as differences from a value k that the thread has seen first, pairs of
+ * Numbers of one column are summed in float32 as differences from a value k that the thread has just seen, pairs of
  * rows first, over no more rows than keep the error at ~1e-6; then in float64 about a shift K that the whole seed
  * shares: its first element. Sums about K simply add up, so blocks need no order among themselves. A column whose
  * squares overflow, vanish or meet a number that is not finite is walked again in float64.
@@ -46,7 +46,7 @@ constexpr int forward_waves(bool collect, bool staggered)
     return !collect ? 4 : staggered ? 3 : 1;
 }
 
-/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 36 + 2 additions is ~1e-6. */
+/* After so many rows a thread's sums move to float64. Two rows are added first: the error of 32 + 2 additions is ~1e-6. */
 constexpr int FORWARD_GROUP = 64;
 
 /* Below, a sum of squares in float32 has lost digits to the smallest subnormal, 2^-149. */
@@ -69,6 +69,7 @@ struct forward_params {
     const void *x;
     void *y;
     int granules; /* see row_ring.cuh */
+    int threads;  /* see PASS_THREADS */
 };
 
 /* ---- A block's shared memory ---- */
@@ -86,12 +87,17 @@ template <kasmina_dtype D> struct forward_tables {
     T *shift; /* [width] K */
     coefficient_table<T> blend;
 
-    static size_t total_bytes(const tiling &t, bool collect)
+    static constexpr size_t bytes(int width, int threads, int pass_threads, bool collect)
     {
-        const size_t width = (size_t)t.width, sums = (size_t)(thread_sums<VEC>::count(t) + sum_columns(t));
-        const size_t blend_bytes = width * (2 * sizeof(T) + sizeof(uint32_t));
-        return ring::BYTES + sizeof(block_place) + blend_bytes +
-               (collect ? sums * sizeof(double2) + width * (sizeof(T) + sizeof(int32_t) + sizeof(uint32_t)) : 0);
+        const size_t sums = (size_t)(threads * VEC + (width > threads ? width : threads)) * sizeof(double2);
+        const size_t blend_bytes = (size_t)width * (2 * sizeof(T) + sizeof(uint32_t));
+        return ring::bytes(pass_threads) + sizeof(block_place) + blend_bytes +
+               (collect ? sums + (size_t)width * (sizeof(T) + sizeof(int32_t) + sizeof(uint32_t)) : 0);
+    }
+    static size_t total_bytes(const tiling &t, int pass_threads, bool collect)
+    {
+        static_assert(bytes(MAX_LANES * VEC, BLOCK / 2, BLOCK / 2, true) <= LEAST_SHARED_BYTES, "older GPUs");
+        return bytes(t.width, t.threads(), pass_threads, collect);
     }
     __device__ __forceinline__ forward_tables(const tiling &t, bool collect)
     {
@@ -302,11 +308,6 @@ template <kasmina_dtype D, bool COLLECT> struct forward_walk {
     column_blend<D> blend;
     column_sums<D> sums;
 
-    __device__ __forceinline__ void begin(const tiling &t, const coefficient_table<typename element<D>::wide> &table)
-    {
-        blend.load(t, table);
-        if (COLLECT && walk.left > 0) ring.peek(0, sums.k);
-    }
     /* The rows of a group, or as many as whole turns have. EDGE: some of the block's vectors are not whole. */
     template <bool EDGE> __device__ __forceinline__ void walk_group(const forward_params &p)
     {
@@ -368,17 +369,18 @@ __global__ void __launch_bounds__(BLOCK, forward_blocks_per_sm(COLLECT))
     tables(t, COLLECT).fill(p, here, COLLECT); /* while the first rows are on their way */
     const bool edge = __syncthreads_or(first.mask != way::ALL && first.mask);
 
-    if (first.mask) thread.begin(t, tables(t, COLLECT).blend);
+    if (first.mask) thread.blend.load(t, tables(t, COLLECT).blend);
     const bool turns = !t.plane && p.granules == 1 && misalignment(p.y) == 0;
 #pragma unroll 1
     while (thread.walk.left > 0) {
+        /* A group is 64 rows, whichever way they are walked: its bits do not depend on the alignment. */
+        int rows = thread.walk.left;
+        if constexpr (COLLECT) thread.ring.peek(0, thread.sums.k);
         if (turns && edge) thread.template walk_group<true>(p);
         if (turns && !edge) thread.template walk_group<false>(p);
+        rows -= thread.walk.left;
 #pragma unroll 1
-        for (int rows = 0; rows < FORWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) {
-            if (turns && thread.walk.left >= thread.ring.TURN) break; /* another group */
-            thread.round(p);
-        }
+        for (; rows < FORWARD_GROUP && thread.walk.left > 0; rows += thread.ROWS) thread.round(p);
         if constexpr (COLLECT) thread.sums.put_away(t, tables(t, COLLECT));
     }
 

@@ -1,6 +1,7 @@
 /* Which GPUs can run this module, and what the launchers need to know of the current one. */
 #include "kernels.h"
 #include "cuda/launch.cuh"
+#include "cuda/tiling.cuh"
 
 namespace
 {
@@ -9,10 +10,17 @@ namespace
 constexpr int KEPT_DEVICES = 64;
 
 /*
- * What is known of each device: 1 + 2 * multiprocessors + dependent_launch, or 0. Read and written whole and
- * atomically: threads that race find the same answer.
+ * What is known of each device: multiprocessors * IMAGES + the image's version (90 for sm_90), or 0. Read and written whole
+ * and atomically: threads that race find the same answer.
  */
 int kept[KEPT_DEVICES];
+constexpr int IMAGES = 1000; /* more than any version */
+
+/* The code, not the GPU, decides: PTX of an older target is compiled without the waits. */
+kasmina_cuda_device described(int multiprocessors, int image)
+{
+    return {multiprocessors, image >= 90, kasmina::pass_threads(image)};
+}
 
 /* Every kernel is compiled for the same targets, so one without contents answers for all. */
 __global__ void probe()
@@ -28,19 +36,18 @@ cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device)
     const bool keep = error == cudaSuccess && index >= 0 && index < KEPT_DEVICES;
     const int known = keep ? __atomic_load_n(&kept[index], __ATOMIC_RELAXED) : 0;
     if (known) {
-        *device = {(known - 1) / 2, (known - 1) % 2 != 0};
+        *device = described(known / IMAGES, known % IMAGES);
         return cudaSuccess;
     }
+    int multiprocessors = 0;
     cudaFuncAttributes attributes = {};
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
     /* Where there is no image for the device, the launch will say so. */
     const bool found = error == cudaSuccess && cudaFuncGetAttributes(&attributes, probe) == cudaSuccess;
     if (!found) (void)cudaGetLastError();
-    /* The code, not the GPU, decides: PTX of an older target is compiled without the waits. */
-    device->dependent_launch = found && attributes.ptxVersion >= 90;
-    if (keep && found)
-        __atomic_store_n(&kept[index], 1 + 2 * device->multiprocessors + device->dependent_launch, __ATOMIC_RELAXED);
+    const int image = found ? attributes.ptxVersion : 0;
+    *device = described(multiprocessors, image);
+    if (keep && found) __atomic_store_n(&kept[index], multiprocessors * IMAGES + image, __ATOMIC_RELAXED);
     return error;
 }
 

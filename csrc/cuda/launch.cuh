@@ -9,6 +9,7 @@
 typedef struct {
     int multiprocessors;
     bool dependent_launch; /* our image for it has the dependent launch of sm_90 */
+    int pass_threads;      /* of a block of the passes in our image for it, see PASS_THREADS */
 } kasmina_cuda_device;
 
 /* 0, or the error of the CUDA call that failed. */
@@ -17,8 +18,9 @@ cudaError_t kasmina_cuda_current_device(kasmina_cuda_device *device);
 namespace kasmina
 {
 
-/* What a block may have without being asked for. */
+/* What a block may have without being asked for, and what it may have on every GPU that we have an image for (sm_75). */
 constexpr size_t FREE_SHARED_BYTES = 48 << 10;
+constexpr size_t LEAST_SHARED_BYTES = 64 << 10;
 
 /*
  * Enqueue kernel<<<blocks, threads, shared_bytes>>>(params). `dependent`: it may start before the

@@ -6,7 +6,8 @@
  *   large inner   a block works on one feature; a unit is a piece of one of its planes.
  *
  * A thread keeps VEC adjacent columns and takes every `walkers`-th unit. Vectors are one load each where the arrays'
- * starts and lengths allow it, else a load an element. What decides the order of sums is the shape alone.
+ * starts and lengths allow it, else a load an element. The shape decides which thread sums what; in
+ * which groups it does, the alignment, too.
  */
 #ifndef KASMINA_CUDA_PAIR_STREAM_CUH
 #define KASMINA_CUDA_PAIR_STREAM_CUH

@@ -20,7 +20,7 @@ static __host__ __device__ __forceinline__ uint32_t misalignment(const void *arr
 }
 
 /* A granule of each thread, whatever the block has: a constant. */
-constexpr uint32_t ROW_BYTES = BLOCK * VECTOR_BYTES;
+constexpr uint32_t ROW_BYTES = PASS_THREADS * VECTOR_BYTES;
 
 /* Granules that hold a vector of each of the arrays; NULL is any array. */
 static inline int granules_of(const void *first, const void *second)
@@ -84,6 +84,12 @@ template <kasmina_dtype D, int ARRAYS, int ROWS, int STAGES> struct row_ring {
     /* Vectors of two granules get half the rounds. */
     static constexpr uint32_t BYTES = TURN * ARRAYS * ROW_BYTES;
 
+    /* The same on the host, for the image that has blocks of so many threads. */
+    static constexpr size_t bytes(int threads)
+    {
+        return (size_t)TURN * ARRAYS * threads * VECTOR_BYTES;
+    }
+
     /* `arrays` are those that granules_of() knows. The first copies start. */
     __device__ __forceinline__ row_ring(const tiling &t, const way &walk, void *shared, const void *const *arrays,
                                         int granules)
@@ -96,11 +102,14 @@ template <kasmina_dtype D, int ARRAYS, int ROWS, int STAGES> struct row_ring {
 #pragma unroll 1
         for (int s = 1; s < STAGES / granules; ++s) fill(t);
     }
-    /* The first vector of array a, without taking it; there must be a row. */
+    /* The next vector of array a, without taking it; there must be a row. */
     __device__ __forceinline__ void peek(int a, vector_bits &vector) const
     {
-        wait_for_copies<STAGES / 2 - 2>();
-        read(base + a * ROW_BYTES * granules, a, vector);
+        if (granules == 1)
+            wait_for_copies<STAGES - 2>();
+        else
+            wait_for_copies<STAGES / 2 - 2>();
+        read(base + reading + a * ROW_BYTES * granules, a, vector);
     }
     /*
      * The rows of up to so many whole turns, where vectors are granules and the tile is no plane, before any other round:

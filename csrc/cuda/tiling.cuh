@@ -30,6 +30,21 @@ namespace kasmina
 constexpr int WARP = 32;
 /* Eight warps hide each other's prologue and epilogue, and share one look-up of the seeds. */
 constexpr int BLOCK = 256;
+/*
+ * Threads of a block of the passes over tensors. Half as many where a block may have no more than 64 (sm_75) or 99 KiB of
+ * shared memory (sm_86, sm_89, which run the image of sm_80, and sm_120): the largest of ours then takes 57 KiB.
+ */
+__host__ __device__ constexpr int pass_threads(int architecture)
+{
+    return architecture >= 90 && architecture < 120 ? BLOCK : BLOCK / 2;
+}
+
+#ifdef __CUDA_ARCH__
+constexpr int PASS_THREADS = pass_threads(__CUDA_ARCH__ / 10);
+#else
+constexpr int PASS_THREADS = BLOCK; /* the host goes by kasmina_cuda_device */
+#endif
+
 /* Lanes side by side: a full warp reads 512 adjacent bytes. */
 constexpr int MAX_LANES = 32;
 /* Fewer rows than this are not worth a thread's start. */
@@ -116,6 +131,7 @@ static inline int64_t most(int64_t a, int64_t b)
 struct grid_wish {
     int64_t blocks_at_once; /* blocks of BLOCK threads that the device holds */
     int waves;              /* how many times that many it would like, for an even end */
+    int threads;            /* of a block, at most: that of the image that will run */
 };
 
 /* In how many parts to cut the rows so that whole waves of blocks fill the device. */
@@ -152,7 +168,8 @@ static inline bool make_tiling(tiling *t, kasmina_layout layout, kasmina_dtype d
 
     /* Tiles of equal width; with the lead a staggered one still has no more columns than a block has threads. */
     const int64_t across = ceil_div(t->columns + t->lead, vec);
-    const int64_t pieces = planes ? layout.features : ceil_div(across, t->stagger ? MAX_LANES - 1 : MAX_LANES);
+    const int staggered_lanes = (int)least(MAX_LANES, wish.threads / vec) - 1;
+    const int64_t pieces = planes ? layout.features : ceil_div(across, t->stagger ? staggered_lanes : MAX_LANES);
     t->lanes = planes ? MAX_LANES : (int32_t)ceil_div(across, pieces);
     t->lanes_log2 = ceil_log2(t->lanes);
     t->width = t->lead + t->lanes * vec;
@@ -160,7 +177,7 @@ static inline bool make_tiling(tiling *t, kasmina_layout layout, kasmina_dtype d
     t->vectors = layout.outer * (planes ? layout.inner / vec : t->lanes);
     t->rows = ceil_div(t->vectors, t->lanes);
 
-    const int most_log2 = ceil_log2(BLOCK) - t->lanes_log2;
+    const int most_log2 = ceil_log2(wish.threads) - t->lanes_log2;
     const int warp_log2 = ceil_log2(WARP) - t->lanes_log2;
     const int least_log2 = (int)most(warp_log2, t->stagger ? ceil_log2(vec) : 0);
     const int wanted_log2 = ceil_log2(ceil_div(t->rows, LEAST_ROWS));

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_ext.checkpoint.values import COUNTS, problem_of, problem_of_vector
+from kasmina_ext.checkpoint.values import problem_of, problem_of_vector
 from kasmina_ext.chunking import chunk_offsets
 from kasmina_ext.lifecycle import ExtendedLifecycle
 from kasmina_ext.names import WRAPPERS as TORCH_WRAPPERS
@@ -64,14 +64,15 @@ def unwrap_keys(layer: nn.Module, state_dict: MutableMapping[str, Any], prefix: 
             state_dict[prefix + rest] = state_dict.pop(key)
 
 
-def forget_overflows(state_dict: MutableMapping[str, Any], prefix: str) -> None:
-    """In a ``state_dict`` that was cast to float16, counts beyond 65504 are infinite: what these seeds have seen is lost, so
-    their telemetry starts afresh. In place.
+def forget_overflows(layer: KasminaLayer, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    """In a ``state_dict`` that was cast to float16, counts and sums beyond 65504 are infinite: what these seeds have seen is
+    lost, so it starts afresh. In place; what does not fit the layer is for :func:`problems_in`.
     """
-    telemetry = state_dict.get(f"{prefix}telemetry")
-    if isinstance(telemetry, Tensor) and telemetry.dtype == torch.float16 and telemetry.dim() == 2:
-        lost = telemetry[:, COUNTS].isinf().any(1, keepdim=True)
-        state_dict[f"{prefix}telemetry"] = torch.where(lost, torch.zeros_like(telemetry), telemetry)
+    for name in ("telemetry", "grad_telemetry"):
+        seen = state_dict.get(f"{prefix}{name}")
+        if isinstance(seen, Tensor) and seen.dtype == torch.float16 and seen.shape == layer._buffers[name].shape:
+            lost = seen.isinf().any(1, keepdim=True)
+            state_dict[f"{prefix}{name}"] = torch.where(lost, torch.zeros_like(seen), seen)
 
 
 def adopt_triton_layout(
