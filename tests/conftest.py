@@ -44,6 +44,13 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def data_parallel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataParallel as on a machine without GPUs: where there are some, it moves a model to them by itself."""
+    module = sys.modules["torch.nn.parallel.data_parallel"]  # beside it lies a function of that name
+    monkeypatch.setattr(module, "_get_available_device_type", lambda: None)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seeds() -> None:
     random.seed(0)

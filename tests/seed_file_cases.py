@@ -136,7 +136,8 @@ def scramble_(layer: kx.KasminaLayer, number: int) -> kx.KasminaLayer:
     drawn = torch.where(
         some(bank.shape, 0, 4) > 0, torch.randn(bank.shape, generator=generator), _ODD[some(bank.shape, 0, len(_ODD))]
     )
-    bank.copy_(torch.where(some(bank.shape, 0, 3) > 0, bank, drawn.to(bank)))
+    drawn = torch.where(drawn.isnan(), torch.full_like(bank, torch.nan), drawn.to(bank))  # their payloads are nobody's
+    bank.copy_(torch.where(some(bank.shape, 0, 3) > 0, bank, drawn))
     return layer
 
 

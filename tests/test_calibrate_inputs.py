@@ -432,6 +432,7 @@ def test_calls_that_do_not_fit(times, words):
     assert same(before, state(model))
 
 
+@pytest.mark.usefixtures("data_parallel_stays")
 def test_names_through_wrappers(device):
     """torch.compile on the whole, on a part, in place; DataParallel; with hooks that a graph would not call."""
     healthy, x = network(device=device), inputs(device)

@@ -264,10 +264,10 @@ struct loss_job {
         const pair_plan &cut = p.cut;
         const uint32_t block = (uint32_t)i / cut.splits, split = (uint32_t)i % cut.splits;
         const int64_t at = cut.planes ? s.first + block : max((s.tile + block) * cut.tile, s.first);
-        const double sum = p.partials[split * cut.parts + at];
-        /* Only where offsets decrease: the run belongs to another seed, or was never written. */
         const int64_t feature = cut.planes || cut.layout.inner == 1 ? at : at / cut.layout.inner;
-        return find_seed(p.table, feature) == s.index ? sum : 0.0;
+        /* Only where offsets decrease: the run belongs to another seed, or was never written. */
+        if (find_seed(p.table, feature) != s.index) return 0.0;
+        return p.partials[split * cut.parts + at];
     }
     __device__ __forceinline__ void add(const seed &, part loaded, sum3 &sum) const
     {
