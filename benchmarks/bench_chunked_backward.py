@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import peers
 import torch
-from bench_chunked_forward import FLOAT16, HALF, SINGLE, sized
-from bench_layouts import backward
+from bench_chunked_forward import FLOAT16, HALF, SINGLE, ratio, sized
 from results import Row, run, shares
-from timing import timed
-from workload import Case, Truth, make_data
+from timing import Call, timed
+from torch import Tensor
+from workload import Case, Data, Truth, make_data
+
+from kasmina_ext import ops
 
 RACES = {
     "cpu": [Case(64, 1024, 64, SINGLE), Case(2048, 1024, 128, HALF), Case(8192, 4096, 512, SINGLE)],
@@ -34,6 +36,10 @@ CASES = {
 }
 
 
+def backward(data: Data, grad: Tensor) -> Call:
+    return lambda: ops.chunked_backward(grad, data.x, *data.seeds, data.grad_telemetry, True, True, True)
+
+
 def bench(case_and_peer: tuple[Case, bool], device: str) -> Row:
     case, with_peer = case_and_peer
     data = make_data(case, device, tensors=3)
@@ -56,14 +62,13 @@ def bench(case_and_peer: tuple[Case, bool], device: str) -> Row:
         check("dalpha of torch.compile", answer[2], dalpha)
         calls["torch.compile"] = [lambda d=d, g=g: peer(g, d.x) for d, g in zip(data, grads, strict=True)]
     times = timed(calls, device)
-    ours = times["kasmina_ext"]["p50"]
     row = {"case": case.name, "bytes": 3 * case.bytes, "gpu" if device == "cuda" else "cpu": times}
     row["share of copy speed"] = shares(times, tensors=3)
-    row["times copy of its bytes"] = round(ours / times["copy"]["p50"] / 1.5, 4)
-    return row | ({"times best": round(ours / times["torch.compile"]["p50"], 4)} if with_peer else {})
+    row["times copy of its bytes"] = round(times["kasmina_ext"]["p50"] / times["copy"]["p50"] / 1.5, 4)
+    return row | ({"times best": ratio(times, "torch.compile")} if with_peer else {})
 
 
-def check(name: str, got: torch.Tensor, truth: torch.Tensor) -> None:
+def check(name: str, got: Tensor, truth: Tensor) -> None:
     """By norm: the sums of peers are float32, and weights' gradients are rounded to the weights' type."""
     room = 4 * torch.finfo(got.dtype).eps + 1e-4
     if not bool((got.double() - truth).norm() <= room * truth.norm()):

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from bench_chunked_forward import ours
+from bench_chunked_backward import backward
+from bench_chunked_forward import ours, ratio
 from results import Row, run
-from timing import Call, timed
+from timing import timed
 from torch import Tensor
 from workload import Case, Data, Truth, make_data
-
-from kasmina_ext import ops
 
 PIXELS = 64  # of an image, along one side
 CHANNELS = 256
@@ -76,10 +75,6 @@ ALIGNED = {
 CASES = {device: [(case, name) for case in aligned for name in VARIANTS] for device, aligned in ALIGNED.items()}
 
 
-def backward(data: Data, grad: Tensor) -> Call:
-    return lambda: ops.chunked_backward(grad, data.x, *data.seeds, data.grad_telemetry, True, True, True)
-
-
 def bench(case_and_variant: tuple[Case, str], device: str) -> Row:
     """A variant beside the aligned case."""
     case, name = case_and_variant
@@ -106,9 +101,9 @@ def bench(case_and_variant: tuple[Case, str], device: str) -> Row:
     row: Row = {"case": f"{name}: {tuple(first.x.shape)}, {first.x.dtype}".replace("torch.", "")}
     row |= {"bytes": 2 * first.x.numel() * first.x.itemsize, "gpu" if device == "cuda" else "cpu": times}
     for way in ("", ", backward"):
-        ratio = times[f"kasmina_ext{way}"]["p50"] / times[f"aligned{way}"]["p50"]
-        row[f"times aligned{way}"] = round(ratio / numbers, 4)
-    row["times copy"] = round(times["kasmina_ext"]["p50"] / times["copy"]["p50"], 4)
+        times_aligned = times[f"kasmina_ext{way}"]["p50"] / times[f"aligned{way}"]["p50"]
+        row[f"times aligned{way}"] = round(times_aligned / numbers, 4)
+    row["times copy"] = ratio(times, "copy")
     return row
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import bench_chunked_backward as gradients
 import bench_layouts as layouts
 import bench_state_update as updates
 import timing
@@ -116,7 +117,7 @@ def cases(quick: bool) -> Iterator[Profiled]:
 
 
 def backward(name: str, data: Data) -> Profiled:
-    call = layouts.backward(data, torch.randn_like(data.x))
+    call = gradients.backward(data, torch.randn_like(data.x))
     return Profiled(f"backward, {name}", data.x.numel(), 3 * data.x.nbytes, call)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-COLOURS = {"kasmina_ext": "#0072b2", "Triton": "#e69f00", "torch.compile": "#009e73", "PyTorch": "#999999"}
+COLOURS = {"kasmina_ext": "#0072b2", "Triton": "#e69f00", "torch.compile": "#009e73"}
+GREY = "#999999"  # of what stands beside these
+PACKAGE = "Triton package's scheme"
 
 
 def picture(records: dict[str, Record], path: Path) -> bool:
@@ -43,11 +45,13 @@ def fastest(times: dict[str, dict[str, float]], family: str) -> float | None:
     return min((t["p50"] for name, t in times.items() if name.split(",")[0] == family), default=None)
 
 
-def bars(axes, rows: list[dict], heights, names: list[str]) -> None:
-    width = 0.8 / len(COLOURS)
-    for i, (family, colour) in enumerate(COLOURS.items()):
+def bars(axes, rows: list[dict], heights, names: list[str], other: str) -> None:
+    """``heights(row, family)`` of each row, for the families that have a colour and one more."""
+    colours = COLOURS | {other: GREY}
+    width = 0.8 / len(colours)
+    for i, (family, colour) in enumerate(colours.items()):
         found = [(x, heights(row, family)) for x, row in enumerate(rows)]
-        at = [x + (i - (len(COLOURS) - 1) / 2) * width for x, height in found if height]
+        at = [x + (i - (len(colours) - 1) / 2) * width for x, height in found if height]
         label = "torch.compile, best" if family == "torch.compile" else family
         if at:
             axes.bar(at, [height for _, height in found if height], width, label=label, color=colour)
@@ -55,9 +59,9 @@ def bars(axes, rows: list[dict], heights, names: list[str]) -> None:
     above(axes)
 
 
-def above(axes, *what) -> None:
+def above(axes) -> None:
     """The legend, where it hides nothing."""
-    axes.legend(*what, frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, columnspacing=1)
+    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, columnspacing=1)
 
 
 def by_size(axes, rows: list[dict]) -> None:
@@ -69,7 +73,7 @@ def by_size(axes, rows: list[dict]) -> None:
         return time and row["gpu"]["copy"]["p50"] / time
 
     names = [f"{row['bytes'] / 2 / (1 << 20):g}\n{row['case'].split(', ')[2]}" for row in rows]
-    bars(axes, rows, share, names)
+    bars(axes, rows, share, names, "PyTorch")
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("size of x, MiB, and its type", fontsize=8)
     axes.set_ylabel("speed as a share of a device copy's", fontsize=8)
@@ -100,13 +104,9 @@ def small(axes, rows: list[dict]) -> None:
     """Times at the sizes of the Triton package's report; beside ours and peers the package's launch scheme."""
 
     def time(row: dict, family: str) -> float | None:
-        if family == "PyTorch":
-            return fastest(row["gpu"], "Triton package's scheme")
         return fastest(row["gpu"], family)
 
-    bars(axes, rows, time, [row["case"].split(",")[0].replace(" x ", "\n") for row in rows])
-    handles, labels = axes.get_legend_handles_labels()
-    above(axes, handles, ["Triton package's scheme" if name == "PyTorch" else name for name in labels])
+    bars(axes, rows, time, [row["case"].split(",")[0].replace(" x ", "\n") for row in rows], PACKAGE)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
