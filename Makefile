@@ -55,6 +55,7 @@ check: build build/sanitize/kernels build/sanitize/kernels-baseline ## lint, for
 	$(BIN)ruff format --check .
 	@echo "clang-format --dry-run" && $(BIN)clang-format --dry-run -Werror $(C_FILES)
 	build/sanitize/kernels $(CASES)
+	ATEN_CPU_CAPABILITY=avx2 build/sanitize/kernels $(CASES)
 	build/sanitize/kernels-baseline $(CASES)
 
 bench: build ## run the benchmarks into benchmarks/results (minutes; ARGS="--help")
@@ -86,7 +87,7 @@ SANITIZED := $(wildcard csrc/cpu/*.c tests/sanitize/*.c)
 SANITIZE := -std=c11 -g -O1 -Wall -Wextra -Werror -ffp-contract=off -fno-omit-frame-pointer -pthread -Icsrc \
     -fsanitize=address,undefined -fno-sanitize-recover=all
 
-# With the instruction sets of this machine, and with the baseline that any other would run, where every result is streamed.
+# With the instruction sets of this machine, and with the baseline that any other would run; in both, many results are streamed.
 build/sanitize/kernels build/sanitize/kernels-baseline: $(SANITIZED) $(wildcard csrc/*.h csrc/cpu/*.h tests/sanitize/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(SANITIZE) $(if $(findstring baseline,$@),-DKASMINA_NO_CLONES -DKASMINA_STREAM_BYTES=1) $(SANITIZED) -lm -o $@
+	$(CC) $(SANITIZE) -DKASMINA_STREAM_BYTES=4096 $(if $(findstring baseline,$@),-DKASMINA_NO_CLONES) $(SANITIZED) -lm -o $@

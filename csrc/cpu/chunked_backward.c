@@ -8,7 +8,6 @@
 #include "cpu/convert.h"
 #include "cpu/feature_sums.h"
 #include "cpu/lock.h"
-#include "cpu/stream.h"
 #include "parallel.h"
 #include "seed_math.h"
 
@@ -37,29 +36,23 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
     const kasmina_tiling *t = &p->tiling;
     const kasmina_backward_args *args = p->args;
     const int64_t n = patch->columns, end = patch->first_row + patch->rows;
-    kasmina_rows_buffer buffer;
-    double wide_x[KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS / 2];
-    double group_u[KASMINA_TILE_COLUMNS] = {0}, group_v[KASMINA_TILE_COLUMNS] = {0}; /* storage for reals */
-    double u[KASMINA_TILE_COLUMNS] = {0}, v[KASMINA_TILE_COLUMNS] = {0};
+    const int64_t stride = t->columns * (int64_t)t->element_size, column = patch->first_column;
+    kasmina_tile_storage group_u = {0}, group_v = {0}; /* of reals */
+    kasmina_tile_storage u = {0}, v = {0};
     kasmina_tile_coefficients coefficients;
-    kasmina_backward_columns pass = {0};
+    kasmina_columns pass = {.streams = t->streams};
     if (args->grad_x) {
         kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
-        if (coefficients.any) pass.a = coefficients.a;
-        pass.mask = kasmina_pass_mask(t, &coefficients);
+        pass.a = coefficients.a, pass.mask = coefficients.mask;
     }
-    if (p->wants_sums) pass.u = group_u, pass.v = group_v;
+    if (p->wants_sums) pass.sum1 = group_u, pass.sum2 = group_v;
     for (int64_t group = patch->first_row; group < end; group += KASMINA_GROUP_ROWS) {
         int64_t group_end = end - group < KASMINA_GROUP_ROWS ? end : group + KASMINA_GROUP_ROWS;
         for (int64_t row = group; row < group_end; row += KASMINA_ROWS_AT_ONCE) {
             int count = group_end - row < KASMINA_ROWS_AT_ONCE ? (int)(group_end - row) : KASMINA_ROWS_AT_ONCE;
-            const void *g[KASMINA_ROWS_AT_ONCE], *x[KASMINA_ROWS_AT_ONCE];
-            void *dx[KASMINA_ROWS_AT_ONCE];
-            kasmina_fetch_rows(t, args->grad_y, patch, row, count, buffer.wide, g);
-            if (p->wants_sums) kasmina_fetch_rows(t, args->x, patch, row, count, wide_x, x);
-            if (args->grad_x) kasmina_place_rows(t, args->grad_x, patch, row, count, &buffer, dx);
-            if (pass.a || pass.u) t->fused->backward(&pass, dx, g, x, count, n);
-            if (args->grad_x) kasmina_finish_rows(t, args->grad_x, args->grad_y, patch, row, count, dx, &coefficients);
+            t->fused->backward(&pass, (void *)kasmina_at(t, args->grad_x, row, column),
+                               kasmina_at(t, args->grad_y, row, column), kasmina_at(t, args->x, row, column), stride,
+                               count, n);
         }
         if (p->wants_sums) {
             t->ops->drain(u, group_u, n);
@@ -67,7 +60,7 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
         }
     }
     if (p->wants_sums) kasmina_write_feature_sums(&p->sums, patch, u, v);
-    if (args->grad_x && t->streams) kasmina_stream_end();
+    if (args->grad_x && t->streams) kasmina_end_streams();
 }
 
 static void process_patches(int64_t begin, int64_t end, void *context)

@@ -10,7 +10,6 @@
 
 #include "cpu/convert.h"
 #include "cpu/lock.h"
-#include "cpu/stream.h"
 #include "cpu/tiles.h"
 #include "parallel.h"
 #include "telemetry_math.h"
@@ -29,8 +28,8 @@ typedef struct {
 
 /* Per-column sums of one patch. */
 typedef struct {
-    double d1[KASMINA_TILE_COLUMNS], d2[KASMINA_TILE_COLUMNS], origin[KASMINA_TILE_COLUMNS];
-    double s1[KASMINA_TILE_COLUMNS], s2[KASMINA_TILE_COLUMNS], shift[KASMINA_TILE_COLUMNS]; /* storage for reals */
+    kasmina_tile_storage d1, d2, origin;
+    kasmina_tile_storage s1, s2, shift; /* of reals */
     int64_t nonfinite[KASMINA_TILE_COLUMNS];
 } column_sums;
 
@@ -120,7 +119,7 @@ static void sum_carefully(const plan *p, const kasmina_patch *patch, int64_t row
 
 /* The columns of a group that flush() could not add: constant ones are known, the others are summed again. */
 static void repair_group(const plan *p, const kasmina_patch *patch, int64_t row, int64_t rows, const uint8_t *worth,
-                         void *scratch, column_sums *sums)
+                         kasmina_tile_storage *scratch, column_sums *sums)
 {
     const kasmina_tiling *t = &p->tiling;
     uint8_t varies[KASMINA_TILE_COLUMNS] = {0};
@@ -142,8 +141,18 @@ static void repair_group(const plan *p, const kasmina_patch *patch, int64_t row,
     }
 }
 
+/* As many as fused.h may look at. */
+static void clear_sums(column_sums *sums, int64_t columns)
+{
+    const size_t n = (size_t)(columns + KASMINA_LONGEST_VECTOR);
+    double *const all[] = {sums->d1, sums->d2, sums->origin, sums->s1, sums->s2, sums->shift};
+    for (size_t i = 0; i < sizeof all / sizeof *all; ++i) memset(all[i], 0, n * sizeof(double));
+    memset(sums->nonfinite, 0, (size_t)columns * sizeof *sums->nonfinite);
+}
+
 /* The group's first row is the shift of its sums. */
-static void begin_group(const plan *p, const kasmina_patch *patch, int64_t row, void *scratch, column_sums *sums)
+static void begin_group(const plan *p, const kasmina_patch *patch, int64_t row, kasmina_tile_storage *scratch,
+                        column_sums *sums)
 {
     const void *first;
     kasmina_load_rows(&p->tiling, p->args->x, patch, row, 1, scratch, &first);
@@ -155,40 +164,36 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
     const kasmina_tiling *t = &p->tiling;
     const kasmina_forward_args *args = p->args;
     const int64_t n = patch->columns, end = patch->first_row + patch->rows;
-    kasmina_rows_buffer buffer;
+    const int64_t stride = t->columns * (int64_t)t->element_size;
+    kasmina_tile_storage scratch; /* of a row of reals */
     uint8_t worth[KASMINA_TILE_COLUMNS];
     kasmina_tile_coefficients coefficients;
     column_sums sums;
-    kasmina_forward_columns pass = {0};
+    kasmina_columns pass = {.streams = t->streams};
     if (args->y) {
         kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_grafted, &coefficients);
-        if (coefficients.any) pass.a = coefficients.a, pass.b = coefficients.b;
-        pass.mask = kasmina_pass_mask(t, &coefficients);
+        pass.a = coefficients.a, pass.b = coefficients.b, pass.mask = coefficients.mask;
     }
     if (args->telemetry) {
-        memset(&sums, 0, sizeof sums);
+        clear_sums(&sums, n);
         for_each_segment(p, patch, &sums, set_origins);
-        pass.shift = sums.shift, pass.s1 = sums.s1, pass.s2 = sums.s2;
+        pass.shift = sums.shift, pass.sum1 = sums.s1, pass.sum2 = sums.s2;
     }
     for (int64_t group = patch->first_row; group < end; group += KASMINA_GROUP_ROWS) {
         int64_t rows = end - group < KASMINA_GROUP_ROWS ? end - group : KASMINA_GROUP_ROWS;
-        if (args->telemetry) begin_group(p, patch, group, buffer.wide, &sums);
+        if (args->telemetry) begin_group(p, patch, group, &scratch, &sums);
         for (int64_t row = group; row < group + rows; row += KASMINA_ROWS_AT_ONCE) {
-            int64_t left = group + rows - row;
-            int count = left < KASMINA_ROWS_AT_ONCE ? (int)left : KASMINA_ROWS_AT_ONCE;
-            const void *x[KASMINA_ROWS_AT_ONCE];
-            void *y[KASMINA_ROWS_AT_ONCE];
-            kasmina_fetch_rows(t, args->x, patch, row, count, buffer.wide, x);
-            if (args->y) kasmina_place_rows(t, args->y, patch, row, count, &buffer, y);
-            if (pass.a || pass.shift) t->fused->forward(&pass, y, x, count, n);
-            if (args->y) kasmina_finish_rows(t, args->y, args->x, patch, row, count, y, &coefficients);
+            const int64_t left = group + rows - row;
+            t->fused->forward(&pass, (void *)kasmina_at(t, args->y, row, patch->first_column),
+                              kasmina_at(t, args->x, row, patch->first_column), stride,
+                              left < KASMINA_ROWS_AT_ONCE ? (int)left : KASMINA_ROWS_AT_ONCE, n);
         }
         if (args->telemetry &&
             t->ops->flush(sums.d1, sums.d2, sums.s1, sums.s2, sums.shift, sums.origin, (double)rows, worth, n))
-            repair_group(p, patch, group, rows, worth, buffer.wide, &sums);
+            repair_group(p, patch, group, rows, worth, &scratch, &sums);
     }
     if (args->telemetry) for_each_segment(p, patch, &sums, write_partial);
-    if (args->y && t->streams) kasmina_stream_end();
+    if (args->y && t->streams) kasmina_end_streams();
 }
 
 static void process_patches(int64_t begin, int64_t end, void *context)

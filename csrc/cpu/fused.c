@@ -1,38 +1,76 @@
 #include "cpu/fused.h"
 
-#include "cpu/convert.h"
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu/clones.h"
 #include "cpu/numbers.h"
 
-/* p0 to p3: four rows of `from`, or its one row four times over; where none is wanted, `from` is not looked at. */
-#define ROWS(type, p, from, rows, wanted)                                                        \
-    type *p##0 = (wanted) ? (from)[0] : NULL, *p##1 = (wanted) && (rows) > 1 ? (from)[1] : p##0, \
-         *p##2 = (wanted) && (rows) > 1 ? (from)[2] : p##0, *p##3 = (wanted) && (rows) > 1 ? (from)[3] : p##0
+#if defined(__x86_64__)
+#define KASMINA_STREAMS 1
+#include <immintrin.h>
+#else
+#define KASMINA_STREAMS 0
+#endif
 
-#define REAL float
-#define BITS uint32_t
-#define TO_REAL kasmina_float_from_bits
-#define TO_BITS kasmina_bits_of_float
-#define NAME(f) f##_f32
-#include "cpu/fused_impl.h"
-#undef BITS
-#undef TO_REAL
-#undef TO_BITS
-#undef NAME
+/* What this file is compiled for without a word about it. */
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX2__) && defined(__F16C__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#define TARGET
+#define ISA(f) f##_default
+#include "cpu/fused_types.h"
 
-#define BITS uint16_t
-#define TO_REAL kasmina_from_bfloat16
-#define TO_BITS kasmina_to_bfloat16
-#define NAME(f) f##_bf16
-#include "cpu/fused_impl.h"
-#undef REAL
-#undef BITS
-#undef TO_REAL
-#undef TO_BITS
-#undef NAME
+#if KASMINA_CHOOSES
 
-#define REAL double
-#define BITS uint64_t
-#define TO_REAL kasmina_double_from_bits
-#define TO_BITS kasmina_bits_of_double
-#define NAME(f) f##_f64
-#include "cpu/fused_impl.h"
+#define VECTOR_BYTES 32
+#define TARGET __attribute__((target("avx2,f16c")))
+#define ISA(f) f##_avx2
+#include "cpu/fused_types.h"
+
+#define VECTOR_BYTES 64
+#define TARGET __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")))
+#define ISA(f) f##_avx512
+#include "cpu/fused_types.h"
+
+static const kasmina_fused *(*find)(kasmina_dtype) = find_default;
+
+/* The widest that the processor has and ATEN_CPU_CAPABILITY, torch's own variable, allows. */
+static void choose(void)
+{
+    const char *most = getenv("ATEN_CPU_CAPABILITY");
+    if (most && !strcmp(most, "default")) return;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) find = find_avx2;
+    if (most && !strcmp(most, "avx2")) return;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        find = find_avx512;
+}
+
+const kasmina_fused *kasmina_find_fused(kasmina_dtype dtype)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, choose);
+    return find(dtype);
+}
+
+#else
+
+const kasmina_fused *kasmina_find_fused(kasmina_dtype dtype)
+{
+    return find_default(dtype);
+}
+
+#endif
+
+void kasmina_end_streams(void)
+{
+#if KASMINA_STREAMS
+    _mm_sfence();
+#endif
+}

@@ -1,35 +1,42 @@
 /*
  * The passes over activations of chunked_forward and chunked_backward: a few rows of a tile at once, read once, all that is
- * wanted of them computed meanwhile. One table for each type that is read as it is; float16 goes by way of float32.
+ * wanted of them computed meanwhile and results written straight to where they belong. One table for each type of
+ * activation, in the widest vectors that the processor has.
  */
 #ifndef KASMINA_CPU_FUSED_H
 #define KASMINA_CPU_FUSED_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "cpu/rows.h"
+#include "kernels.h"
 
-/* What a forward pass has of each column: arrays of reals, but for the mask. */
-typedef struct {
-    const void *a, *b; /* y = a x + b, rounded after each operation; NULL: no y is wanted */
-    const void *mask;  /* integers as wide as an activation: no bit set where y is x; NULL: set everywhere */
-    const void *shift; /* NULL: no sums are wanted */
-    void *s1, *s2;     /* += sum (x - shift), += sum (x - shift)^2 */
-} kasmina_forward_columns;
+enum { KASMINA_LONGEST_VECTOR = 16, KASMINA_LINE = 64 }; /* columns, bytes */
 
+/*
+ * What a pass has of each column, from the tile's first on. Arrays may be read, and sums written, up to the next multiple of
+ * KASMINA_LONGEST_VECTOR columns.
+ */
 typedef struct {
-    const void *a;    /* dx = a g; NULL: no dx is wanted */
-    const void *mask; /* as above: no bit set where dx is g */
-    void *u, *v;      /* += sum g x, += sum g; NULL: neither is wanted */
-} kasmina_backward_columns;
+    const void *a, *b; /* reals: y = a x + b, rounded after each operation, dx = a g; NULL: neither is wanted */
+    const void *mask; /* integers as wide as an activation: all bits set where that is so, none where y is x, dx is g */
+    const void *shift; /* reals, for the sums of a forward */
+    void *sum1, *sum2; /* reals: += sum d, += sum d d with d = x - shift; += sum g x, += sum g; NULL: not wanted */
+    bool streams;      /* results go past the caches where rows are aligned */
+} kasmina_columns;
 
+/* `count` rows of n activations, at most KASMINA_ROWS_AT_ONCE, `stride` bytes apart in all arrays. */
 typedef struct {
-    /* `count` rows of n activations, at most KASMINA_ROWS_AT_ONCE. */
-    void (*forward)(const kasmina_forward_columns *c, void *const *y, const void *const *x, int count, int64_t n);
-    void (*backward)(const kasmina_backward_columns *c, void *const *dx, const void *const *g, const void *const *x,
-                     int count, int64_t n);
+    void (*forward)(const kasmina_columns *c, void *y, const void *x, int64_t stride, int count, int64_t n);
+    void (*backward)(const kasmina_columns *c, void *dx, const void *g, const void *x, int64_t stride, int count,
+                     int64_t n);
 } kasmina_fused;
 
-extern const kasmina_fused kasmina_fused_f32, kasmina_fused_f64, kasmina_fused_bf16;
+/* The widest vectors that this processor has and torch's variable ATEN_CPU_CAPABILITY (default, avx2, avx512) allows. */
+const kasmina_fused *kasmina_find_fused(kasmina_dtype dtype);
+
+/* What was streamed is seen by other threads from here on. */
+void kasmina_end_streams(void);
 
 #endif

@@ -1,132 +1,186 @@
 /*
- * The loops of fused.h for one type of activation: included by fused.c with REAL (what is computed in), BITS (an unsigned
- * integer as wide as an activation), TO_REAL(bits), TO_BITS(real), NAME(f) and ROWS defined.
+ * The loops of fused.h for one type of activation and one instruction set: included by fused_types.h with REAL (what is
+ * computed in), BITS (an unsigned integer as wide as an activation), WIDEN(activations), NARROW(reals), STREAM(address,
+ * activations), VECTOR_BYTES (of reals), TARGET and NAME(f) defined.
  *
  * One pass with everything in registers; which parts of it are wanted is known when it is compiled. Elements are handled
  * as integers: a float register may quiet a signalling NaN that is only to be copied.
  */
+#define LANES ((int)(VECTOR_BYTES / sizeof(REAL)))
 
-static inline __attribute__((always_inline)) void NAME(forward_rows)(const kasmina_forward_columns *c, void *const *out,
-                                                                     const void *const *in, const int rows,
-                                                                     const bool sum, const bool blend,
-                                                                     const bool masked, int64_t n)
+typedef REAL NAME(reals) __attribute__((vector_size(VECTOR_BYTES)));
+typedef BITS NAME(raw) __attribute__((vector_size(LANES * sizeof(BITS))));
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+INLINE NAME(reals) NAME(reals_at)(const void *array, int64_t i)
 {
-    const REAL *a = c->a, *b = c->b, *k = c->shift;
-    const BITS *mask = c->mask;
-    REAL *s1 = c->s1, *s2 = c->s2;
-    const BITS *const *xs = (const BITS *const *)in;
-    BITS *const *ys = (BITS *const *)out;
-    ROWS(const BITS, x, xs, rows, true);
-    ROWS(BITS, y, ys, rows, blend);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-        const BITS raw[4] = {x0[i], x1[i], x2[i], x3[i]};
-        const REAL x[4] = {TO_REAL(raw[0]), TO_REAL(raw[1]), TO_REAL(raw[2]), TO_REAL(raw[3])};
-        if (sum && rows > 1) {
-            const REAL d0 = x[0] - k[i], d1 = x[1] - k[i], d2 = x[2] - k[i], d3 = x[3] - k[i];
-            s1[i] += (d0 + d1) + (d2 + d3);
-            s2[i] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-        } else if (sum) {
-            const REAL d = x[0] - k[i];
-            s1[i] += d;
-            s2[i] += d * d;
-        }
-        if (!blend) continue;
-        BITS y[4];
-        for (int r = 0; r < 4; ++r) {
-            const BITS computed = TO_BITS(a[i] * x[r] + b[i]);
-            y[r] = masked ? (BITS)((computed & mask[i]) | (raw[r] & (BITS)~mask[i])) : computed;
-        }
-        y0[i] = y[0];
-        if (rows > 1) y1[i] = y[1], y2[i] = y[2], y3[i] = y[3];
+    NAME(reals) v;
+    memcpy(&v, (const REAL *)array + i, sizeof v);
+    return v;
+}
+
+INLINE void NAME(set_reals)(void *array, int64_t i, NAME(reals) v)
+{
+    memcpy((REAL *)array + i, &v, sizeof v);
+}
+
+/* The first m lanes of a vector, the others 0: m is a constant but for the last columns of a row. */
+INLINE NAME(raw) NAME(load)(const void *row, int64_t i, int m)
+{
+    const BITS *from = (const BITS *)row + i;
+    NAME(raw) v = {0};
+    if (m == LANES) {
+        memcpy(&v, from, sizeof v);
+        return v;
     }
+    BITS part[LANES] = {0};
+    for (int lanes = LANES / 2, at = 0; lanes; at += m & lanes, lanes /= 2)
+        if (m & lanes) memcpy(part + at, from + at, (size_t)lanes * sizeof(BITS));
+    memcpy(&v, part, sizeof v);
+    return v;
 }
 
-static inline __attribute__((always_inline)) void NAME(forward_by)(const kasmina_forward_columns *c, void *const *y,
-                                                                   const void *const *x, const int rows, int64_t n)
+INLINE void NAME(store)(void *row, int64_t i, NAME(raw) v, int m)
 {
-    if (!c->a)
-        NAME(forward_rows)(c, y, x, rows, true, false, false, n);
-    else if (!c->shift && !c->mask)
-        NAME(forward_rows)(c, y, x, rows, false, true, false, n);
-    else if (!c->shift)
-        NAME(forward_rows)(c, y, x, rows, false, true, true, n);
-    else if (!c->mask)
-        NAME(forward_rows)(c, y, x, rows, true, true, false, n);
-    else
-        NAME(forward_rows)(c, y, x, rows, true, true, true, n);
-}
-
-KASMINA_CLONES static void NAME(forward)(const kasmina_forward_columns *c, void *const *y, const void *const *x,
-                                         int count, int64_t n)
-{
-    if (count == KASMINA_ROWS_AT_ONCE) {
-        NAME(forward_by)(c, y, x, KASMINA_ROWS_AT_ONCE, n);
+    BITS *to = (BITS *)row + i;
+    if (m == LANES) {
+        memcpy(to, &v, sizeof v);
         return;
     }
-    for (int r = 0; r < count; ++r) NAME(forward_by)(c, y ? y + r : NULL, x + r, 1, n);
+    BITS part[LANES];
+    memcpy(part, &v, sizeof v);
+    for (int lanes = LANES / 2, at = 0; lanes; at += m & lanes, lanes /= 2)
+        if (m & lanes) memcpy(to + at, part + at, (size_t)lanes * sizeof(BITS));
 }
 
-static inline __attribute__((always_inline)) void NAME(backward_rows)(const kasmina_backward_columns *c,
-                                                                      void *const *out, const void *const *grads,
-                                                                      const void *const *in, const int rows,
-                                                                      const bool sum, const bool scale,
-                                                                      const bool masked, int64_t n)
+/* `computed` where the mask says so, else x's own bits. */
+INLINE NAME(raw) NAME(choose)(NAME(raw) mask, NAME(reals) computed, NAME(raw) x)
 {
-    const REAL *a = c->a;
-    const BITS *mask = c->mask;
-    REAL *u = c->u, *v = c->v;
-    const BITS *const *gs = (const BITS *const *)grads, *const *xs = sum ? (const BITS *const *)in : gs;
-    BITS *const *ys = (BITS *const *)out;
-    ROWS(const BITS, g, gs, rows, true);
-    ROWS(const BITS, x, xs, rows, true);
-    ROWS(BITS, y, ys, rows, scale);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) {
-        const BITS raw[4] = {g0[i], g1[i], g2[i], g3[i]};
-        const REAL g[4] = {TO_REAL(raw[0]), TO_REAL(raw[1]), TO_REAL(raw[2]), TO_REAL(raw[3])};
-        if (sum && rows > 1) {
-            u[i] += (g[0] * TO_REAL(x0[i]) + g[1] * TO_REAL(x1[i])) + (g[2] * TO_REAL(x2[i]) + g[3] * TO_REAL(x3[i]));
-            v[i] += (g[0] + g[1]) + (g[2] + g[3]);
-        } else if (sum) {
-            u[i] += g[0] * TO_REAL(x0[i]);
-            v[i] += g[0];
+    return (NARROW(computed) & mask) | (x & ~mask);
+}
+
+/* What is done in a pass; constants wherever it is looked at. */
+typedef struct {
+    bool backward, sums, writes, streams;
+    int rows; /* at once: KASMINA_ROWS_AT_ONCE or 1 */
+} NAME(kind);
+
+/* The terms t of some rows, added to a sum. */
+INLINE void NAME(add)(void *sums, int64_t i, const NAME(reals) * t, int rows)
+{
+    const NAME(reals) added = rows == 1 ? t[0] : (t[0] + t[1]) + (t[2] + t[3]);
+    NAME(set_reals)(sums, i, NAME(reals_at)(sums, i) + added);
+}
+
+/* m columns from column i on: `in` is x in a forward, g in a backward; results go to out[row]. */
+INLINE void NAME(step)(const kasmina_columns *c, NAME(raw) * out, const char *in, const char *x, int64_t stride,
+                       const NAME(kind) kind, int64_t i, int m)
+{
+    NAME(raw) raw[KASMINA_ROWS_AT_ONCE];
+    NAME(reals) value[KASMINA_ROWS_AT_ONCE];
+    for (int r = 0; r < kind.rows; ++r) {
+        raw[r] = NAME(load)(in + r * stride, i, m);
+        value[r] = WIDEN(raw[r]);
+    }
+    if (kind.sums) {
+        NAME(reals) first[KASMINA_ROWS_AT_ONCE], second[KASMINA_ROWS_AT_ONCE];
+        for (int r = 0; r < kind.rows; ++r) {
+            if (kind.backward) {
+                first[r] = value[r] * WIDEN(NAME(load)(x + r * stride, i, m));
+                second[r] = value[r];
+            } else {
+                first[r] = value[r] - NAME(reals_at)(c->shift, i);
+                second[r] = first[r] * first[r];
+            }
         }
-        if (!scale) continue;
-        BITS y[4];
-        for (int r = 0; r < 4; ++r) {
-            const BITS computed = TO_BITS(a[i] * g[r]);
-            y[r] = masked ? (BITS)((computed & mask[i]) | (raw[r] & (BITS)~mask[i])) : computed;
+        NAME(add)(c->sum1, i, first, kind.rows);
+        NAME(add)(c->sum2, i, second, kind.rows);
+    }
+    if (kind.writes) {
+        const NAME(reals) a = NAME(reals_at)(c->a, i);
+        const NAME(raw) mask = NAME(load)(c->mask, i, LANES);
+        for (int r = 0; r < kind.rows; ++r) {
+            const NAME(reals) scaled = a * value[r];
+            out[r] = NAME(choose)(mask, kind.backward ? scaled : scaled + NAME(reals_at)(c->b, i), raw[r]);
         }
-        y0[i] = y[0];
-        if (rows > 1) y1[i] = y[1], y2[i] = y[2], y3[i] = y[3];
     }
 }
 
-static inline __attribute__((always_inline)) void NAME(backward_by)(const kasmina_backward_columns *c, void *const *dx,
-                                                                    const void *const *g, const void *const *x,
-                                                                    const int rows, int64_t n)
+/* The next rows of these columns are asked for while these are worked on. */
+INLINE void NAME(prefetch)(const char *rows, int64_t stride, int64_t i)
 {
-    if (!c->a)
-        NAME(backward_rows)(c, dx, g, x, rows, true, false, false, n);
-    else if (!c->u && !c->mask)
-        NAME(backward_rows)(c, dx, g, x, rows, false, true, false, n);
-    else if (!c->u)
-        NAME(backward_rows)(c, dx, g, x, rows, false, true, true, n);
-    else if (!c->mask)
-        NAME(backward_rows)(c, dx, g, x, rows, true, true, false, n);
-    else
-        NAME(backward_rows)(c, dx, g, x, rows, true, true, true, n);
+    for (int r = 0; r < KASMINA_ROWS_AT_ONCE; ++r)
+        __builtin_prefetch((const BITS *)(rows + (r + KASMINA_ROWS_AT_ONCE) * stride) + i, 0, 2);
 }
 
-KASMINA_CLONES static void NAME(backward)(const kasmina_backward_columns *c, void *const *dx, const void *const *g,
-                                          const void *const *x, int count, int64_t n)
+INLINE void NAME(rows)(const kasmina_columns *columns, char *to, const char *in, const char *x, int64_t stride,
+                       const NAME(kind) kind, int64_t n)
+{
+    const kasmina_columns c = *columns; /* the compiler knows that no store changes it */
+    enum { PARTS = KASMINA_LINE / sizeof(NAME(raw)) };
+    const bool asks = kind.rows > 1, asks_x = asks && kind.backward && kind.sums;
+    NAME(raw) out[PARTS][KASMINA_ROWS_AT_ONCE];
+    int64_t i = 0;
+    /* Whole lines: a processor that must give up half a line that it has collected writes it to memory by itself. */
+    for (; kind.streams && i + PARTS * LANES <= n; i += PARTS * LANES) {
+        if (asks) NAME(prefetch)(in, stride, i);
+        if (asks_x) NAME(prefetch)(x, stride, i);
+        for (int part = 0; part < PARTS; ++part)
+            NAME(step)(&c, out[part], in, x, stride, kind, i + part * LANES, LANES);
+        for (int r = 0; r < kind.rows; ++r)
+            for (int part = 0; part < PARTS; ++part) STREAM((BITS *)(to + r * stride) + i + part * LANES, out[part][r]);
+    }
+    for (; i + LANES <= n; i += LANES) {
+        if (asks && i % (PARTS * LANES) == 0) NAME(prefetch)(in, stride, i);
+        if (asks_x && i % (PARTS * LANES) == 0) NAME(prefetch)(x, stride, i);
+        NAME(step)(&c, out[0], in, x, stride, kind, i, LANES);
+        for (int r = 0; kind.writes && r < kind.rows; ++r) NAME(store)(to + r * stride, i, out[0][r], LANES);
+    }
+    if (i == n) return;
+    NAME(step)(&c, out[0], in, x, stride, kind, i, (int)(n - i));
+    for (int r = 0; kind.writes && r < kind.rows; ++r) NAME(store)(to + r * stride, i, out[0][r], (int)(n - i));
+}
+
+INLINE void NAME(pass)(const kasmina_columns *c, char *to, const char *in, const char *x, int64_t stride,
+                       const bool backward, const int rows, int64_t n)
+{
+    const bool streams = c->streams && ((uintptr_t)to | (uintptr_t)stride) % KASMINA_LINE == 0;
+    if (!c->a)
+        NAME(rows)(c, to, in, x, stride, (NAME(kind)){backward, true, false, false, rows}, n);
+    else if (!c->sum1 && streams)
+        NAME(rows)(c, to, in, x, stride, (NAME(kind)){backward, false, true, true, rows}, n);
+    else if (!c->sum1)
+        NAME(rows)(c, to, in, x, stride, (NAME(kind)){backward, false, true, false, rows}, n);
+    else if (streams)
+        NAME(rows)(c, to, in, x, stride, (NAME(kind)){backward, true, true, true, rows}, n);
+    else
+        NAME(rows)(c, to, in, x, stride, (NAME(kind)){backward, true, true, false, rows}, n);
+}
+
+INLINE void NAME(either)(const kasmina_columns *c, char *to, const char *in, const char *x, int64_t stride,
+                         const bool backward, int count, int64_t n)
 {
     if (count == KASMINA_ROWS_AT_ONCE) {
-        NAME(backward_by)(c, dx, g, x, KASMINA_ROWS_AT_ONCE, n);
+        NAME(pass)(c, to, in, x, stride, backward, KASMINA_ROWS_AT_ONCE, n);
         return;
     }
-    for (int r = 0; r < count; ++r) NAME(backward_by)(c, dx ? dx + r : NULL, g + r, x ? x + r : NULL, 1, n);
+    for (int64_t r = 0; r < count; ++r)
+        NAME(pass)(c, to ? to + r * stride : NULL, in + r * stride, x ? x + r * stride : NULL, stride, backward, 1, n);
 }
 
-const kasmina_fused NAME(kasmina_fused) = {.forward = NAME(forward), .backward = NAME(backward)};
+TARGET static void NAME(forward)(const kasmina_columns *c, void *y, const void *x, int64_t stride, int count, int64_t n)
+{
+    NAME(either)(c, y, x, NULL, stride, false, count, n);
+}
+
+TARGET static void NAME(backward)(const kasmina_columns *c, void *dx, const void *g, const void *x, int64_t stride,
+                                  int count, int64_t n)
+{
+    NAME(either)(c, dx, g, x, stride, true, count, n);
+}
+
+static const kasmina_fused NAME(fused) = {.forward = NAME(forward), .backward = NAME(backward)};
+
+#undef LANES
+#undef INLINE

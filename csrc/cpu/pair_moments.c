@@ -1,6 +1,7 @@
 /* Moments of pairs (x, t) per feature, merged into an accumulator: the CPU kernel. One pass over x and t. */
 #include "pair_math.h"
 
+#include "cpu/clones.h"
 #include "cpu/convert.h"
 #include "cpu/lock.h"
 #include "cpu/tiles.h"
@@ -36,9 +37,8 @@ static kasmina_pair_shift shift_of(const kasmina_pair_moments_args *args, int64_
 /* ---- First pass: sums of each column of a patch, then of each feature. */
 
 typedef struct {
-    double shift_x[KASMINA_TILE_COLUMNS], shift_t[KASMINA_TILE_COLUMNS];
-    double count[KASMINA_TILE_COLUMNS], x[KASMINA_TILE_COLUMNS], t[KASMINA_TILE_COLUMNS];
-    double xx[KASMINA_TILE_COLUMNS], tt[KASMINA_TILE_COLUMNS], xt[KASMINA_TILE_COLUMNS];
+    kasmina_tile_storage shift_x, shift_t;
+    kasmina_tile_storage count, x, t, xx, tt, xt;
 } columns;
 
 /* ROWS rows of n columns, so many at once that sums stay in registers meanwhile. Pairs that are not finite are left out. */
@@ -68,8 +68,7 @@ DEFINE_ADD_ROWS(add_row_f64, double, 1)
 static void process_patch(const plan *p, const kasmina_patch *patch)
 {
     const kasmina_tiling *tiling = &p->tiling;
-    enum { SCRATCH = KASMINA_ROWS_AT_ONCE * KASMINA_TILE_COLUMNS };
-    float wide_x[SCRATCH], wide_t[SCRATCH]; /* of two-byte numbers */
+    kasmina_tile_storage wide_x[KASMINA_ROWS_AT_ONCE], wide_t[KASMINA_ROWS_AT_ONCE]; /* of reals */
     columns c = {.count = {0.0}};
     int64_t feature = patch->first_column / tiling->inner;
     for (int64_t i = 0, f = feature; i < patch->columns; ++f) {

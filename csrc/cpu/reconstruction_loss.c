@@ -29,17 +29,15 @@ static void process_patch(const plan *p, const kasmina_patch *patch)
     const kasmina_tiling *t = &p->tiling;
     const kasmina_reconstruction_args *args = p->args;
     const int64_t n = patch->columns;
-    double wide_x[KASMINA_TILE_COLUMNS], wide_target[KASMINA_TILE_COLUMNS];
-    double blended[KASMINA_TILE_COLUMNS], residual[KASMINA_TILE_COLUMNS];
-    double group_u[KASMINA_TILE_COLUMNS] = {0}, group_v[KASMINA_TILE_COLUMNS] = {0}; /* storage for reals */
-    double u[KASMINA_TILE_COLUMNS] = {0}, v[KASMINA_TILE_COLUMNS] = {0};
+    kasmina_tile_storage wide_x, wide_target, blended, residual, group_u = {0}, group_v = {0}; /* of reals */
+    kasmina_tile_storage u = {0}, v = {0};
     kasmina_tile_coefficients coefficients;
     kasmina_fill_coefficients(t, patch, &args->seeds, kasmina_is_training, &coefficients);
     if (!coefficients.any) return; /* nobody will ask for these sums */
     for (int64_t i = 0; i < patch->rows; ++i) {
         const void *x, *target, *r = residual;
-        kasmina_load_rows(t, args->x, patch, patch->first_row + i, 1, wide_x, &x);
-        kasmina_load_rows(t, args->target, patch, patch->first_row + i, 1, wide_target, &target);
+        kasmina_load_rows(t, args->x, patch, patch->first_row + i, 1, &wide_x, &x);
+        kasmina_load_rows(t, args->target, patch, patch->first_row + i, 1, &wide_target, &target);
         t->ops->blend(blended, x, coefficients.a, coefficients.b, n);
         t->ops->subtract(residual, blended, target, n);
         t->ops->products(group_u, group_v, &r, args->grad_loss ? &x : &r, 1, n);

@@ -47,7 +47,4 @@ typedef struct {
 
 extern const kasmina_rows kasmina_rows_f32, kasmina_rows_f64;
 
-/* `select` for two-byte elements: out[i] = other[i] where mask[i] is 0. */
-void kasmina_restore_16(uint16_t *out, const uint16_t *other, const uint16_t *mask, int64_t n);
-
 #endif

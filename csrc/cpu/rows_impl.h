@@ -13,9 +13,9 @@ KASMINA_CLONES static bool NAME(flush)(double *restrict d1, double *restrict d2,
 {
     REAL *restrict s1 = sum1, *restrict s2 = sum2;
     const REAL *restrict k = shift;
-    int64_t good = 0;
-    for (int64_t i = 0; i < n; ++i) good += s2[i] >= REAL_MIN && s2[i] <= REAL_MAX;
-    if (good == n) {
+    int good = 1;
+    for (int64_t i = 0; i < n; ++i) good &= (s2[i] >= REAL_MIN) & (s2[i] <= REAL_MAX);
+    if (good) {
         for (int64_t i = 0; i < n; ++i) {
             double move = (double)k[i] - origin[i], first = s1[i], second = s2[i];
             d1[i] += first + count * move;
@@ -33,7 +33,7 @@ KASMINA_CLONES static bool NAME(flush)(double *restrict d1, double *restrict d2,
         }
     }
     for (int64_t i = 0; i < n; ++i) s1[i] = s2[i] = (REAL)0;
-    return good != n;
+    return !good;
 }
 
 KASMINA_CLONES static void NAME(compare)(uint8_t *restrict varies, const void *shift, const void *row, int64_t n)

@@ -3,12 +3,11 @@
 #include <string.h>
 
 #include "cpu/convert.h"
-#include "cpu/stream.h"
 #include "seed_math.h"
 
 /* From here on results go past the caches, whose readers would not find them there. */
 #ifndef KASMINA_STREAM_BYTES
-#define KASMINA_STREAM_BYTES (32 << 20)
+#define KASMINA_STREAM_BYTES (16 << 20)
 #endif
 
 static int64_t ceil_div(int64_t a, int64_t b)
@@ -21,27 +20,33 @@ static int64_t min64(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
+/* So many that what is done once for a patch costs little; fewer where there would be too few patches for threads to share. */
+static int64_t block_rows(const kasmina_tiling *t)
+{
+    enum { MOST = 512, FEWEST = 128, PATCHES = 16 };
+    const int64_t shared = ceil_div(t->rows * t->tiles, PATCHES * KASMINA_GROUP_ROWS) * KASMINA_GROUP_ROWS;
+    return shared < FEWEST ? FEWEST : min64(shared, MOST);
+}
+
 kasmina_tiling kasmina_make_tiling(const kasmina_layout *layout, kasmina_dtype dtype)
 {
     kasmina_tiling t = {.rows = layout->outer, .columns = layout->features * layout->inner, .inner = layout->inner};
     t.tiles = ceil_div(t.columns, KASMINA_TILE_COLUMNS);
-    t.blocks = ceil_div(t.rows, KASMINA_BLOCK_ROWS);
+    t.block_rows = block_rows(&t);
+    t.blocks = ceil_div(t.rows, t.block_rows);
     t.element_size = kasmina_element_size(dtype);
     t.dtype = dtype;
     t.ops = dtype == KASMINA_FLOAT64 ? &kasmina_rows_f64 : &kasmina_rows_f32;
-    t.fused = dtype == KASMINA_FLOAT64    ? &kasmina_fused_f64
-              : dtype == KASMINA_BFLOAT16 ? &kasmina_fused_bf16
-                                          : &kasmina_fused_f32;
-    t.widens = dtype == KASMINA_FLOAT16;
-    t.streams = KASMINA_STREAMS && t.rows * t.columns * (int64_t)t.element_size >= KASMINA_STREAM_BYTES;
+    t.fused = kasmina_find_fused(dtype);
+    t.streams = t.rows * t.columns * (int64_t)t.element_size >= KASMINA_STREAM_BYTES;
     return t;
 }
 
 kasmina_patch kasmina_get_patch(const kasmina_tiling *t, int64_t index)
 {
     kasmina_patch p = {.tile = index % t->tiles, .block = index / t->tiles};
-    p.first_row = p.block * KASMINA_BLOCK_ROWS;
-    p.rows = min64(KASMINA_BLOCK_ROWS, t->rows - p.first_row);
+    p.first_row = p.block * t->block_rows;
+    p.rows = min64(t->block_rows, t->rows - p.first_row);
     p.first_column = p.tile * KASMINA_TILE_COLUMNS;
     p.columns = min64(KASMINA_TILE_COLUMNS, t->columns - p.first_column);
     return p;
@@ -50,19 +55,18 @@ kasmina_patch kasmina_get_patch(const kasmina_tiling *t, int64_t index)
 int64_t kasmina_patch_grain(const kasmina_tiling *t)
 {
     /* 32768 elements take tens of microseconds, several times what waking a thread costs. */
-    int64_t elements = min64(t->rows, KASMINA_BLOCK_ROWS) * min64(t->columns, KASMINA_TILE_COLUMNS);
+    int64_t elements = min64(t->rows, t->block_rows) * min64(t->columns, KASMINA_TILE_COLUMNS);
     return ceil_div(32768, elements);
 }
 
 void kasmina_load_rows(const kasmina_tiling *t, const void *matrix, const kasmina_patch *p, int64_t row, int count,
-                       void *scratch, const void **rows)
+                       kasmina_tile_storage *scratch, const void **rows)
 {
     for (int r = 0; r < count; ++r) {
         rows[r] = kasmina_at(t, matrix, row + r, p->first_column);
         if (t->element_size != 2) continue;
-        float *wide = (float *)scratch + r * KASMINA_TILE_COLUMNS;
-        kasmina_widen(t->dtype, wide, rows[r], p->columns);
-        rows[r] = wide;
+        kasmina_widen(t->dtype, (float *)scratch[r], rows[r], p->columns);
+        rows[r] = scratch[r];
     }
 }
 
@@ -119,8 +123,8 @@ static void fill_seed(const kasmina_tiling *t, const kasmina_seeds *seeds, int64
     const int32_t strategy = seeds->state[KASMINA_GRAFTING_STRATEGY * count + seed];
     const float alpha = seeds->alpha ? seeds->alpha[seed] : 1.0f;
     const int64_t row = seeds->state[KASMINA_BLUEPRINT_ID * count + seed] * features;
-    for (int64_t i = columns.begin; i < columns.end;) {
-        const int64_t feature = (first_column + i) / t->inner;
+    int64_t feature = (first_column + columns.begin) / t->inner;
+    for (int64_t i = columns.begin; i < columns.end; ++feature) {
         const int64_t stop = min64((feature + 1) * t->inner - first_column, columns.end);
         const double w = kasmina_load_scalar(seeds->weights_dtype, seeds->weights, row + feature);
         double v = 0.0;
@@ -144,7 +148,7 @@ void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, 
 {
     const int64_t features = t->columns / t->inner, count = seeds->chunks.count;
     int64_t seed = kasmina_find_seed(&seeds->chunks, p->first_column / t->inner);
-    out->any = false, out->all = true;
+    out->any = false;
     for (int64_t i = 0; i < p->columns;) {
         const int64_t feature = (p->first_column + i) / t->inner;
         if (seed + 1 < count && seeds->chunks.offsets[seed + 1] <= feature)
@@ -168,56 +172,8 @@ void kasmina_fill_coefficients(const kasmina_tiling *t, const kasmina_patch *p, 
         else
             fill_identity(t, out, columns);
         out->any = out->any || grafted;
-        out->all = out->all && grafted;
         i = columns.end;
     }
-}
-
-static void copy_near(void *target, const void *source, size_t bytes)
-{
-    memcpy(target, source, bytes);
-}
-
-void kasmina_fetch_rows(const kasmina_tiling *t, const void *matrix, const kasmina_patch *p, int64_t row, int count,
-                        void *wide, const void **rows)
-{
-    for (int r = 0; r < count; ++r) {
-        const int64_t ahead = row + r + KASMINA_ROWS_AT_ONCE;
-        rows[r] = kasmina_at(t, matrix, row + r, p->first_column);
-        if (ahead < p->first_row + p->rows)
-            kasmina_prefetch(kasmina_at(t, matrix, ahead, p->first_column), (size_t)p->columns * t->element_size);
-        if (!t->widens) continue;
-        float *widened = (float *)wide + r * KASMINA_TILE_COLUMNS;
-        kasmina_widen(t->dtype, widened, rows[r], p->columns);
-        rows[r] = widened;
-    }
-}
-
-void kasmina_place_rows(const kasmina_tiling *t, void *matrix, const kasmina_patch *p, int64_t row, int count,
-                        kasmina_rows_buffer *buffer, void **rows)
-{
-    for (int r = 0; r < count; ++r)
-        rows[r] = t->widens || t->streams ? (void *)(buffer->out + r * KASMINA_TILE_COLUMNS)
-                                          : (void *)kasmina_at(t, matrix, row + r, p->first_column);
-}
-
-void kasmina_finish_rows(const kasmina_tiling *t, void *matrix, const void *source, const kasmina_patch *p, int64_t row,
-                         int count, void *const *rows, const kasmina_tile_coefficients *c)
-{
-    const size_t bytes = (size_t)p->columns * t->element_size;
-    void (*const copy)(void *, const void *, size_t) = t->streams ? kasmina_stream_copy : copy_near;
-    for (int r = 0; r < count; ++r) {
-        void *target = (void *)kasmina_at(t, matrix, row + r, p->first_column);
-        const void *from = kasmina_at(t, source, row + r, p->first_column);
-        if (!c->any) {
-            copy(target, from, bytes);
-        } else if (t->widens) {
-            uint16_t narrow[KASMINA_TILE_COLUMNS];
-            kasmina_narrow(t->dtype, narrow, rows[r], p->columns);
-            if (!c->all) kasmina_restore_16(narrow, from, (const uint16_t *)c->mask, p->columns);
-            copy(target, narrow, bytes);
-        } else if (t->streams) {
-            copy(target, rows[r], bytes);
-        }
-    }
+    const int64_t padded = ceil_div(p->columns, KASMINA_LONGEST_VECTOR) * KASMINA_LONGEST_VECTOR;
+    fill_identity(t, out, (run){p->columns, padded});
 }

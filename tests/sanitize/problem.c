@@ -108,10 +108,10 @@ int64_t num_elements(const problem *p)
     return p->layout.outer * p->layout.features * p->layout.inner;
 }
 
-/* Sizes near what the kernels cut by: 4 and 32 rows, 256 rows, 512 columns. */
+/* Sizes near what the kernels cut by: 4, 32, 128 and 512 rows, 1024 columns; some whole lines, which are streamed. */
 static int64_t random_size(int64_t limit)
 {
-    static const int64_t edges[] = {1, 2, 3, 4, 5, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1025};
+    static const int64_t edges[] = {1, 2, 3, 4, 5, 31, 32, 33, 127, 128, 129, 511, 512, 513, 1023, 1024, 1025, 2080};
     int64_t size = one_in(2) ? edges[random_int(0, sizeof edges / sizeof *edges - 1)] : random_int(1, 90);
     return size < limit ? size : limit;
 }
@@ -167,7 +167,7 @@ problem make_problem(void)
 {
     problem p = {.dtype = (kasmina_dtype)random_int(0, 3), .weights_dtype = (kasmina_dtype)random_int(0, 3)};
     const int64_t most = 60000;
-    p.layout.features = random_size(1025);
+    p.layout.features = random_size(2080);
     p.layout.inner = one_in(3) ? random_size(most / p.layout.features) : 1;
     p.layout.outer = random_size(most / (p.layout.features * p.layout.inner) + 1);
     p.num_seeds = one_in(10) ? 0 : one_in(4) ? random_size(1200) : random_int(1, p.layout.features);
