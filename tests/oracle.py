@@ -366,22 +366,23 @@ def check_grad_alpha(problem: Problem, sums: Sums, grad_alpha: torch.Tensor) -> 
             if strategy == AFFINE:
                 of_v = problem.weights[p + 1, own].astype(problem.acc).astype(LONG)
             # Only the terms of the formula: a zero factor would turn an infinite sum into a NaN.
-            terms, sizes, errors = (np.zeros(hi - lo, LONG) for _ in range(3))
+            terms, sizes, errors, finite = (np.zeros(hi - lo, LONG) for _ in range(4))
             for factor, total, size, error in (
                 (of_u, sums.u, sums.u_size, sums.u_slack),
                 (of_v, sums.v, sums.v_size, sums.v_slack),
             ):
                 if factor is not None:
                     terms = terms + factor * total[own]
-                    sizes = sizes + abs(factor) * size[own]
+                    part = abs(factor) * size[own]
+                    sizes, finite = sizes + part, finite + np.where(np.isfinite(part), part, 0)
                     errors = errors + abs(factor) * error[own]
                     sure[s] &= not _undecided(factor, total[own], error[own]).any()
             want[s] = terms.sum()
             # w - 1, the products and their sum round too, then hi - lo terms are summed and rounded to float32
             slack[s] = errors.sum() + (hi - lo + 6) * unit * sizes.sum() + abs(want[s]) * LONG(2.0) ** -23
             slack[s] += (hi - lo) * LONG(np.finfo(problem.acc).smallest_subnormal)
-            finite_sizes = np.where(np.isfinite(sizes), sizes, 0).sum()
-            sure[s] &= sums.sure[own].all() and finite_sizes < np.finfo(problem.acc).max / 16
+            # A term may leave the range of the kernels' arithmetic beside an infinite one: inf - inf is a NaN there.
+            sure[s] &= sums.sure[own].all() and finite.sum() < np.finfo(problem.acc).max / 16
     got = values_of(grad_alpha).astype(np.float64)
     if got.shape != (count,) or grad_alpha.dtype != torch.float32:
         return [f"grad_alpha is {grad_alpha.dtype} {got.shape}, expected float32 {(count,)}"]
