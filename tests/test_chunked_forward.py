@@ -101,6 +101,22 @@ def test_neutral_seeds_change_no_bit(backend, device, dtype):
 
 
 @checks.backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [37, 64])
+def test_a_nan_of_any_payload_stays_one(backend, device, dtype, columns):
+    """Rounded like a number, the largest payload of a float32 would overflow into the sign."""
+    weights = torch.full((1, columns), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    state = torch.zeros(8, 1, dtype=torch.int32, device=device)
+    state[0] = 3
+    x, nothing = torch.ones(9, columns, dtype=dtype, device=device), NOTHING.to(device)
+    offsets, alpha = torch.tensor([0, columns], dtype=torch.int32, device=device), torch.ones(1, device=device)
+    seeds = (offsets, state, alpha, weights)
+    ops = checks.BACKENDS[backend]
+    assert ops.chunked_forward(x, *seeds, nothing, nothing).isnan().all()
+    assert ops.chunked_backward(x, x, *seeds, nothing, True, False, False)[0].isnan().all()
+
+
+@checks.backends
 def test_alpha_one_is_the_weight_itself(backend, device):
     inputs = build(Case((40, 64), 8, states="mul", alphas="one", chunks="balanced"), device)
     inputs.state[1] = 2
